@@ -1,0 +1,201 @@
+"""
+Did it work? Win rates, scores and the last table of `python ppo.py` (InstructGPT, sec. 4).
+
+    python eval.py                    the table again, for the checkpoints in --out (trains what is missing)
+
+Functions here need only the models and the data. What every measurement is made of: `respond` (sample), `scores` (reward
+model), and in the world `data.World.gold` and `data.label`.
+"""
+
+import json
+import math
+import os
+import random
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+import data
+import model
+
+
+def win_rate(outcomes):
+    """Outcomes 1 (won), 0.5 (tie), 0 (lost), one a prompt -> rate, half-width of its normal 95% interval."""
+    rate = sum(outcomes) / len(outcomes)
+    return rate, 1.96 * math.sqrt(rate * (1 - rate) / len(outcomes))
+
+
+def entropy_bits(logprobs):
+    """Entropy over paired completions, as bias is measured (InstructGPT, sec. 4.2): total log-probability of each choice,
+    (N, choices) in nats -> (N,) in bits. 1 bit for a pair: no preference."""
+    logprobs = torch.log_softmax(logprobs, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(-1) / math.log(2)
+
+
+def respond(policy, tokenizer, prompts, max_new_tokens, temperature, seed, device):
+    """-> list of (text, ids), sampled from a generator of its own: the same seed gives every policy the same luck."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return data.sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator)
+
+
+def prompted(responses, tokenizer):
+    """What a few-shot prompted model said, up to the first line break: it does not know where to stop."""
+    texts = [text.lstrip("\n").split("\n")[0] for text, _ in responses]
+    return [(text, tokenizer.encode(text) + [tokenizer.eot]) for text in texts]
+
+
+@torch.no_grad()
+def scores(reward_model, tokenizer, prompts, responses, device):
+    """The reward model's score of each response (text, ids) -> list of floats."""
+    rows = [tokenizer.encode(prompt) + ids for prompt, (_, ids) in zip(prompts, responses)]
+    result = []
+    for i in range(0, len(rows), 128):
+        tokens, lengths = model.pad(rows[i : i + 128], device)
+        result += reward_model(tokens).gather(1, lengths[:, None] - 1).squeeze(1).tolist()
+    return result
+
+
+@torch.no_grad()
+def mean_kl(policy, ref, tokenizer, prompts, responses, device):
+    """KL(policy || ref) in nats per response, k1 on the policy's own samples."""
+    total = 0.0
+    for i in range(0, len(prompts), 128):
+        prompt_ids = [tokenizer.encode(prompt) for prompt in prompts[i : i + 128]]
+        rows = [ids + response for ids, (_, response) in zip(prompt_ids, responses[i : i + 128])]
+        tokens, lengths = model.pad(rows, device)
+        mask = model.response_mask(torch.tensor([len(ids) for ids in prompt_ids], device=device), lengths, tokens.size(1))
+        total += float((model.masked_logprobs(policy, tokens, mask) - model.masked_logprobs(ref, tokens, mask)).sum())
+    return total / len(prompts)
+
+
+@torch.no_grad()
+def document_loss(gpt, documents, device):
+    """Mean loss over all tokens of the documents (lists of ids), nats per token."""
+    total = count = 0
+    for i in range(0, len(documents), 64):
+        tokens, mask = (x.to(device) for x in data.document_batch(documents[i : i + 64]))
+        total -= float(model.masked_logprobs(gpt, tokens, mask).sum())
+        count += int(mask.sum())
+    return total / count
+
+
+def best_epoch(path, checkpoint, reward_model, tokenizer, prompts, max_new_tokens, device):
+    """The epoch of sft.pt whose samples score best on validation prompts (App. C.1: select by RM score, not by loss)."""
+    by_epoch = {}
+    for epoch in checkpoint["epochs"]:
+        policy, _ = model.load_policy(path, "", device, epoch)
+        responses = respond(policy, tokenizer, prompts, max_new_tokens, 1.0, 0, device)
+        by_epoch[epoch] = statistics.mean(scores(reward_model, tokenizer, prompts, responses, device))
+    return max(by_epoch, key=by_epoch.get), by_epoch
+
+
+def best_prefix(base, reward_model, tokenizer, prompts, max_new_tokens, device):
+    """The few-shot prefix with the highest score on validation prompts, as the paper chose its own."""
+    prefixes = [prefix.lstrip("\n") + "\n" for prefix in "\n".join(data.content("prefixes.txt")).split("---")]
+    means = []
+    for prefix in prefixes:
+        responses = prompted(respond(base, tokenizer, [prefix + p for p in prompts], max_new_tokens, 1.0, 0, device), tokenizer)
+        means.append(statistics.mean(scores(reward_model, tokenizer, prompts, responses, device)))
+    return prefixes[means.index(max(means))], means
+
+
+def compare(golds, baseline):
+    """Gold scores of two models on the same prompts -> outcomes 1, 0.5, 0; a difference below a millionth is a tie."""
+    return [0.5 if abs(a - b) < 1e-6 else float(a > b) for a, b in zip(golds, baseline)]
+
+
+def compare_by_labelers(world, labelers, tasks, responses, baseline, seed=0):
+    """Each pair is ranked by one of the labelers -> outcomes."""
+    rng, outcomes = random.Random(seed), []
+    for task, (text, _), (other, _) in zip(tasks, responses, baseline):
+        first, second = data.label(world, rng.choice(labelers), task, [text, other], rng)["ranks"]
+        outcomes.append(0.5 if first == second else float(first < second))
+    return outcomes
+
+
+def last_table(config, device):
+    """GPT, GPT prompted, SFT, PPO initialisation, PPO-ptx (and in the world the imperfect demonstrator) on the test prompts:
+    printed, and written to out/table.json. config: that of ppo.py."""
+    where = lambda name: getattr(config, name, "") or os.path.join(config.out, f"{name}.pt")
+    load = lambda name, epoch=None: model.load_policy(where(name), f"run python ppo.py --out={config.out}", device, epoch)
+    datasets = data.load(config.data, config.scale, config.seed)
+    reward_path = os.path.join(config.out, "reward.pt") if config.reward in ("", "gold") else config.reward
+    reward_model, _ = model.load_reward(reward_path, "run python reward.py", device)
+    base_is_ours = not config.base or config.base.endswith(".pt")
+    base = load("base")[0] if base_is_ours else model.GPT.from_pretrained(config.base).to(device).eval()
+    sft_checkpoint = load("sft")[1]
+    tokenizer = data.Tokenizer.from_state(sft_checkpoint["tokenizer"])
+    world = None if config.data else data.World()
+    limit, size = base.config.block_size, config.max_new_tokens
+    fits = lambda row: len(tokenizer.encode(row["prompt"])) + size <= limit
+    tasks, valid = ([row for row in datasets[name] if fits(row)] for name in ("test", "valid"))
+    prompts, valid_prompts = [t["prompt"] for t in tasks], [t["prompt"] for t in valid[:200]]
+    documents = data.encode_documents(tokenizer, datasets["pretrain_valid"], 128)[:512]
+
+    epoch, by_epoch = best_epoch(where("sft"), sft_checkpoint, reward_model, tokenizer, valid_prompts, size, device)
+    print(f"SFT epoch {epoch} has the highest score on validation prompts: " + "  ".join(f"{e}: {s:.2f}" for e, s in by_epoch.items()))
+    policies = {"GPT": base, "SFT": load("sft", epoch)[0], "PPO init": load("ppo_init")[0], "PPO-ptx" if config.ptx_coef else "PPO": load("ppo")[0]}
+    ref, last = policies["PPO init"], list(policies)[-1]
+    answers = {}  # (model, temperature) -> responses
+    for name, policy in policies.items():
+        for temperature in (1.0,) if name == "GPT" else (1.0, 0.0):
+            answers[name, temperature] = respond(policy, tokenizer, prompts, size, temperature, 1, device)
+    if world:
+        # a small context leaves no room for the prefix before the longest few-shot prompts: those go without it
+        prefix, means = best_prefix(base, reward_model, tokenizer, [p for p in valid_prompts if len(p) < 200], size, device)
+        print("GPT prompted: scores of the prefixes " + "  ".join(f"{m:.2f}" for m in means))
+        room = limit - size - len(tokenizer.encode(prefix))
+        with_prefix = [prefix + p if len(tokenizer.encode(p)) <= room else p for p in prompts]
+        answers["GPT prompted", 1.0] = prompted(respond(base, tokenizer, with_prefix, size, 1.0, 1, device), tokenizer)
+        rng = random.Random(0)
+        written = [data.imperfect(world, task, rng) for task in tasks]
+        answers["demonstrator", 1.0] = [(text, tokenizer.encode(text) + [tokenizer.eot]) for text in written]
+        _, heldout = data.make_labelers(world, config.seed)
+
+    order = ["GPT", "GPT prompted", "SFT", "PPO init", last, "demonstrator"]
+    table = []
+    for name, temperature in sorted(answers, key=lambda key: (-key[1], order.index(key[0]))):
+        responses = answers[name, temperature]
+        row = dict(model=name, T=temperature)
+        if world:
+            parts = [world.gold(task, text) for task, (text, _) in zip(tasks, responses)]
+            mean = lambda key: statistics.mean(p[key] for p in parts if p[key] is not None)
+            claims = [p["false"] for p in parts if p["claims"]]
+            golds = [p["gold"] for p in parts]
+            baseline = [world.gold(task, text)["gold"] for task, (text, _) in zip(tasks, answers["SFT", temperature])]
+            outcomes = compare(golds, baseline)
+            decided = [o for o in outcomes if o != 0.5]
+            row.update(gold=mean("gold"), follows=mean("follows"), constraint=mean("constraint"), claims=mean("claims"),
+                       false=statistics.mean(claims) if claims else 0.0, rude=mean("rude"), fluent=mean("fluent"), padded=mean("padded"))
+            row["win"], row["±"] = win_rate(outcomes)
+            row["win_untied"] = statistics.mean(decided) if decided else 0.5
+            row["win_heldout"] = win_rate(compare_by_labelers(world, heldout, tasks, responses, answers["SFT", temperature]))[0]
+        row["score"] = statistics.mean(scores(reward_model, tokenizer, prompts, responses, device))
+        if name in ("SFT", "PPO init", last) and temperature == 1:
+            row["kl"] = mean_kl(policies[name], ref, tokenizer, prompts, responses, device)
+        row["length"] = statistics.mean(len(ids) for _, ids in responses)
+        if name in policies and temperature == 1:
+            row["pretrain_loss"] = document_loss(policies[name], documents, device)
+        table.append(row)
+    print_table(table)
+    samples = [dict(prompt=prompts[i], **{f"{n} T={t:g}": answers[n, t][i][0] for n, t in answers if t == 1 and n != "demonstrator"})
+               for i in range(min(8, len(prompts)))]
+    for i, sample in enumerate(samples):  # the first test prompts, whatever they show
+        print(f"\n[{i}] {sample['prompt']!r}")
+        for name in list(sample)[1:]:
+            print(f"    {name:18s} {sample[name]!r}")
+    if config.scale == "tiny":
+        print("\nscale tiny: a test of the plumbing, the numbers above mean nothing")
+    with open(os.path.join(config.out, "table.json"), "w") as file:
+        json.dump(dict(table=table, prompts=len(prompts), sft_epoch=epoch, samples=samples), file, indent=1)
+    return table
+
+
+def print_table(table):
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    print("\n" + "  ".join(f"{c:>{max(len(c), 6)}}" if c != "model" else f"{c:14}" for c in columns))
+    for row in table:
+        cells = [row.get(c, "") for c in columns]
+        cells = [f"{v:.3f}" if isinstance(v, float) and c != "T" else f"{v:g}" if c == "T" else v for c, v in zip(columns, cells)]
+        print("  ".join(f"{v:>{max(len(c), 6)}}" if c != "model" else f"{v:14}" for c, v in zip(columns, cells)))

@@ -1,0 +1,632 @@
+"""
+The Transformer: GPT-2 (Radford et al. 2019), the architecture of GPT-3 and of InstructGPT (App. C).
+
+One network in two roles. `GPT` predicts the next token: the policy, the frozen reference. `ScalarGPT` has the same body
+with the unembedding replaced by a projection to one number per position: the reward model reads it at the last
+response token, the value model reads it at every token.
+
+The alignment rule, for every file of this project: `logits[:, t]` predicts `tokens[:, t + 1]`. `token_logprobs` does
+that shift, once; its column t belongs to the action `tokens[:, t + 1]`, and values, kl, rewards, advantages, returns and
+`mask` share its index (B, T-1). Rows are right-padded: under causal attention a real token never sees the padding
+behind it, so nothing here needs an attention mask but the cache of `generate`, whose rows end at different lengths.
+
+Shapes: B sequences, T tokens in the padded row, C channels, nh heads, hs head size, V vocabulary.
+The last section holds the small plumbing that every script shares: flags, checkpoints, log lines.
+"""
+
+import difflib
+import json
+import math
+import os
+import resource
+import signal
+import struct
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GPT
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float = 0.0  # residual dropout: on what attention and MLP add to the stream; the paper's SFT uses 0.2
+    bias: bool = True
+    # For models trained from scratch on little text (all False or 0.02 is GPT-2; README, "paper / here / why"):
+    rotary: bool = False  # rotary positions on half of each head in place of learned ones
+    match_head: bool = False  # in head 0 the key matrix starts equal to the query matrix: equal tokens find each other
+    init_std: float = 0.02
+
+
+def rotate(x, angles):
+    """Rotary positions (Su et al. 2021) on the first half of each head's channels; the rest carry content only.
+
+    x (B, nh, T, hs), angles (B or 1, T, hs // 4): each pair of channels turns by position * frequency.
+    """
+    quarter = angles.size(-1)
+    a, b, rest = x[..., :quarter], x[..., quarter : 2 * quarter], x[..., 2 * quarter :]
+    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)  # (B or 1, 1, T, hs // 4)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, angles, cache):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        else:
+            k, v = cache.extend(self, k, v)  # (B, nh, S, hs)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, angles, cache):
+        x = x + self.attn(self.ln_1(x), angles, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 under its own parameter names, so that loading its weights is a copy."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            )
+        )
+        if config.rotary:
+            quarter = config.n_embd // config.n_head // 4
+            # base 1000, not the usual 10,000: the contexts here are some hundred tokens long
+            self.register_buffer("frequencies", 1000.0 ** (-torch.arange(quarter) / quarter), persistent=False)
+        else:
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # input and output embeddings are one matrix
+        self.apply(self._init)
+
+    def _init(self, module):
+        std = self.config.init_std
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):  # children are initialised first
+            residual_std = std / math.sqrt(2 * self.config.n_layer)  # GPT-2: the stream is a sum of 2 * n_layer terms
+            nn.init.normal_(module.attn.c_proj.weight, std=residual_std)
+            nn.init.normal_(module.mlp.c_proj.weight, std=residual_std)
+            if self.config.match_head:
+                C, hs = self.config.n_embd, self.config.n_embd // self.config.n_head
+                with torch.no_grad():
+                    module.attn.c_attn.weight[C : C + hs] = module.attn.c_attn.weight[:hs]
+
+    def hidden(self, tokens, cache=None):
+        """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens continue what it holds."""
+        config, device = self.config, tokens.device
+        positions = torch.arange(tokens.size(1), device=device)[None] if cache is None else cache.positions  # (., T)
+        x = self.transformer.wte(tokens)  # (B, T, C)
+        if config.rotary:
+            angles = positions[..., None] * self.frequencies  # (., T, hs // 4)
+        else:
+            x, angles = x + self.transformer.wpe(positions), None
+        for block in self.transformer.h:
+            x = block(x, angles, cache)
+        return self.transformer.ln_f(x)
+
+    def forward(self, tokens):
+        """tokens (B, T) -> logits (B, T, V); logits[:, t] predicts tokens[:, t + 1]."""
+        return self.lm_head(self.hidden(tokens))
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder):
+        """GPT-2 weights from a folder in the Hugging Face layout (config.json beside model.safetensors or
+        pytorch_model.bin, both read without executing code), or by name through transformers, if that is installed."""
+        if os.path.isdir(name_or_folder):
+            raw_config, weights = _read_hf_folder(name_or_folder)
+        else:
+            raw_config, weights = _fetch_hf(name_or_folder)
+        expected = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
+        for key, value in expected.items():
+            if raw_config.get(key, value) != value:
+                raise SystemExit(f"{name_or_folder}: {key} is {raw_config[key]!r}, this GPT needs {value!r}: use GPT-2 weights")
+        names = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+        gpt = cls(GPTConfig(**{ours: raw_config[theirs] for ours, theirs in names.items()}))
+        ours = gpt.state_dict()
+        weights = {"transformer." + k.removeprefix("transformer."): w for k, w in weights.items() if k != "lm_head.weight"}
+        for key in ours.keys() - {"lm_head.weight"}:
+            if key not in weights:
+                raise SystemExit(f"{name_or_folder}: weight {key} is missing: is this a GPT-2 checkpoint?")
+            # GPT-2's Conv1D keeps its matrices (in, out); nn.Linear keeps (out, in)
+            is_conv = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            ours[key].copy_(weights[key].t() if is_conv else weights[key])
+        return gpt
+
+
+def _read_hf_folder(folder):
+    with open(os.path.join(folder, "config.json")) as file:
+        raw_config = json.load(file)
+    path = os.path.join(folder, "model.safetensors")
+    if not os.path.exists(path):
+        path = os.path.join(folder, "pytorch_model.bin")
+        if not os.path.exists(path):
+            raise SystemExit(f"{folder}: neither model.safetensors nor pytorch_model.bin is there: point to a GPT-2 folder")
+        return raw_config, torch.load(path, map_location="cpu", weights_only=True)
+    # safetensors: 8 bytes with the header's length, a JSON header, then the raw tensors
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    with open(path, "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        data = bytearray(file.read())
+    weights = {}
+    for name, entry in header.items():
+        if name == "__metadata__" or entry["dtype"] not in dtypes:  # GPT-2 stores boolean causal masks too
+            continue
+        begin, end = entry["data_offsets"]
+        weights[name] = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]]).view(entry["shape"])
+    return raw_config, weights
+
+
+def _fetch_hf(name):
+    try:
+        from transformers import GPT2LMHeadModel  # optional: only to download weights by name
+    except ImportError:
+        raise SystemExit(f"{name} is not a folder, and fetching it by name needs: pip install transformers") from None
+    try:
+        theirs = GPT2LMHeadModel.from_pretrained(name)
+    except (OSError, ValueError) as problem:
+        raise SystemExit(f"{name}: transformers could not load it: {str(problem).splitlines()[0]}") from None
+    return theirs.config.to_dict(), theirs.state_dict()
+
+
+class ScalarGPT(nn.Module):
+    """A GPT with the unembedding replaced by a projection to one scalar per position (InstructGPT, sec. 3.5)."""
+
+    def __init__(self, gpt):
+        super().__init__()
+        self.body = gpt
+        self.head = nn.Linear(gpt.config.n_embd, 1)
+        # std 1/sqrt(C+1): after the last LayerNorm first scores are of order 1 (lm-human-preferences)
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(gpt.config.n_embd + 1))
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def config(self):
+        return self.body.config
+
+    @classmethod
+    def from_gpt(cls, gpt):
+        """A new scalar model that starts from a copy of gpt's body."""
+        body = GPT(gpt.config).to(gpt.lm_head.weight.device)
+        body.load_state_dict(gpt.state_dict())
+        return cls(body).to(gpt.lm_head.weight.device)
+
+    def forward(self, tokens):
+        """tokens (B, T) -> one scalar per position (B, T); position t has read tokens[:, :t + 1]."""
+        return self.head(self.body.hidden(tokens)).squeeze(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# log-probabilities
+
+
+def token_logprobs(logits, tokens, temperature=1.0):
+    """log pi(tokens[:, t+1] | tokens[:, :t+1]): logits (B, T, V), tokens (B, T) -> (B, T-1), nats. The one shift."""
+    logprobs = F.log_softmax(logits[:, :-1].float() / temperature, dim=-1)  # (B, T-1, V)
+    return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def masked_logprobs(gpt, tokens, mask, temperature=1.0):
+    """token_logprobs(gpt(tokens), tokens, temperature) where mask (B, T-1) is True, 0 elsewhere.
+
+    Logits are made at the unmasked positions only: with a small model the vocabulary is most of the work.
+    """
+    hidden = gpt.hidden(tokens)[:, :-1][mask]  # (N, C)
+    logprobs = F.log_softmax(gpt.lm_head(hidden).float() / temperature, dim=-1)  # (N, V)
+    actions = tokens[:, 1:][mask]  # (N,)
+    logprobs = logprobs.gather(-1, actions[:, None]).squeeze(-1)  # (N,)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling
+
+
+class Cache:
+    """Keys and values of every token seen so far, in buffers made once: (B, nh, S, hs) for each layer.
+
+    Rows stand at different lengths: the new tokens of row b go to the slots `positions[b]` and see the slots up to their own.
+    """
+
+    def __init__(self, gpt, rows, slots):
+        config, weight = gpt.config, gpt.lm_head.weight
+        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        shape = (rows, config.n_head, slots, config.n_embd // config.n_head)
+        self.buffers = {
+            block.attn: [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in "kv"]
+            for block in gpt.transformer.h
+        }
+
+    def advance(self, positions, end):
+        """The next tokens go to the slots positions (B, T), all of them below `end`."""
+        self.positions, self.end = positions, end
+        slots = torch.arange(end, device=positions.device)
+        self.mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+
+    def extend(self, layer, k, v):
+        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
+        for buffer, new in zip(self.buffers[layer], (k, v)):
+            buffer[rows, :, self.positions] = new.transpose(1, 2).to(buffer.dtype)  # (B, T, nh, hs)
+        return [buffer[:, :, : self.end].to(k.dtype) for buffer in self.buffers[layer]]
+
+    def select(self, rows):
+        """Keep these rows, in this order; a row may be taken more than once."""
+        for layer, buffers in self.buffers.items():
+            self.buffers[layer] = [buffer[rows] for buffer in buffers]
+
+
+def sample(logits, temperature, generator):
+    """One token for each row of logits (B, V): argmax at temperature 0, else a draw by inverting the distribution."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1)  # (B, V)
+    u = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp_(max=logits.size(-1) - 1)
+
+
+@torch.no_grad()
+def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=None):
+    """Sample a response to each prompt: no top-k, no top-p, since the policy is the distribution (InstructGPT, sec. 3.5).
+
+    prompts: list of B lists of ids, ragged. Returns tokens (B, T), prompts with their responses, right-padded with 0, and
+    lengths (B,). A row ends after its eot, which is kept; with eot None no row ends early. Temperature 0 is greedy.
+    Raises ValueError if a prompt is empty or does not fit the context together with its response.
+    """
+    device = gpt.lm_head.weight.device
+    longest = max(len(prompt) for prompt in prompts)
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("a prompt is empty: give at least one token, for example eot")
+    if longest + max_new_tokens > gpt.config.block_size:
+        raise ValueError(
+            f"prompt has {longest} tokens and {max_new_tokens} are to follow, but the context is {gpt.config.block_size}: "
+            "lower --max_prompt_tokens or --max_new_tokens"
+        )
+    # one batched prefill; equal prompts (K samples of one prompt) are read once
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    row_of = {prompt: row for row, prompt in enumerate(unique)}
+    rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
+    tokens, lengths = pad(unique, device)  # (U, P), (U,)
+    cache = Cache(gpt, len(unique), longest + max_new_tokens)
+    cache.advance(torch.arange(longest, device=device).expand(len(unique), -1), longest)
+    hidden = gpt.hidden(tokens, cache)[torch.arange(len(unique), device=device), lengths - 1]  # (U, C)
+    logits = gpt.lm_head(hidden)[rows]  # (B, V)
+    cache.select(rows)
+    tokens, lengths = F.pad(tokens[rows], (0, max_new_tokens)), lengths[rows]  # (B, P+R), (B,)
+
+    rows = torch.arange(len(prompts), device=device)  # the rows still in the batch
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # of these, the ones that have ended
+    for step in range(max_new_tokens):
+        new = sample(logits, temperature, generator).masked_fill(ended, 0)
+        tokens[rows, lengths[rows]] = new  # an ended row goes on writing padding behind its eot
+        lengths[rows] += ~ended
+        if eot is not None:
+            ended = ended | (new == eot)
+            running = int((~ended).sum())
+            if running == 0:
+                break
+            if running <= 0.8 * len(rows):  # copying the cache pays from about there
+                cache.select(~ended)
+                rows, new, ended = rows[~ended], new[~ended], ended[~ended]
+        if step + 1 < max_new_tokens:
+            # an ended row may stand one slot behind; what it computes is thrown away
+            cache.advance((lengths[rows] - 1)[:, None], longest + step + 1)
+            logits = gpt.lm_head(gpt.hidden(new[:, None], cache)[:, -1])
+    return tokens[:, : int(lengths.max())], lengths
+
+
+def pad(rows, device="cpu"):
+    """Lists of ids -> tokens (B, T) right-padded with 0, lengths (B,)."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    return tokens.to(device), torch.tensor([len(row) for row in rows], device=device)
+
+
+def response_mask(prompt_lengths, lengths, T):
+    """(B,), (B,) -> mask (B, T-1): True where column t's action, tokens[:, t + 1], belongs to the response, eot included."""
+    action = torch.arange(1, T, device=lengths.device)  # the index in tokens of each column's action
+    return (action >= prompt_lengths[:, None]) & (action < lengths[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plumbing: flags, checkpoints, logs, devices
+
+
+def configure(Config, scales, argv):
+    """Command line -> Config: the scale's defaults (a dict beside each Config), then the flags, --name=value.
+
+    Raises SystemExit for an unknown flag (with its near misses) and for a value of the wrong type.
+    """
+    kinds = {field.name: field.type for field in fields(Config)}
+    flags = {}
+    for argument in argv:
+        name, _, text = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if argument in ("-h", "--help"):
+            print(sys.modules[Config.__module__].__doc__)
+            print("\n".join(f"--{field.name}={field.default}" for field in fields(Config)))
+            raise SystemExit(0)
+        if not argument.startswith("--") or name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=3, cutoff=0.5) or sorted(kinds)
+            raise SystemExit(f"unknown flag {argument}: did you mean {', '.join('--' + n for n in near)}?")
+        if "=" not in argument and kinds[name] is not bool:
+            raise SystemExit(f"--{name} needs a value: write --{name}=VALUE")
+        flags[name] = convert(name, text or "true", kinds[name])
+    scale = flags.get("scale") or ("gpu" if torch.cuda.is_available() else "cpu")
+    if scale not in scales:
+        raise SystemExit(f"--scale={scale} is unknown: choose one of {', '.join(scales)}")
+    return Config(**{**scales[scale], **flags, "scale": scale})
+
+
+def convert(name, text, kind):
+    """The text of a flag as int, float, bool or str; SystemExit if it is none."""
+    booleans = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    try:
+        return booleans[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        raise SystemExit(f"--{name}={text}: expected {wanted}") from None
+
+
+def check(condition, message):
+    """Bad input ends in one line on stderr and exit status 1."""
+    if not condition:
+        raise SystemExit(message)
+
+
+def check_values(config):
+    """Before anything trains: sizes at least 1, rates above 0, the device there, the output folder writable."""
+    for name, value in asdict(config).items():
+        if isinstance(value, int) and not isinstance(value, bool) and name != "seed":
+            check(value >= 1, f"--{name}={value}: expected at least 1")
+        if isinstance(value, float) and name.endswith(("lr", "temperature", "cliprange", "cliprange_value")):
+            check(value > 0, f"--{name}={value}: expected a number above 0")
+        if isinstance(value, float):
+            check(math.isfinite(value) and value >= 0, f"--{name}={value}: expected a finite number, not below 0")
+    get_device(config.device)
+    try:
+        os.makedirs(config.out, exist_ok=True)
+        probe = os.path.join(config.out, f".probe-{os.getpid()}")
+        open(probe, "w").close()
+        os.remove(probe)
+    except OSError as problem:
+        raise SystemExit(f"--out={config.out}: cannot write there ({problem.strerror}): choose another folder") from None
+
+
+def get_device(name):
+    """'' picks cuda if it is there, else cpu."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    check(name == "cpu" or name.startswith("cuda"), f"--device={name} is unknown: use cpu or cuda")
+    check(name == "cpu" or torch.cuda.is_available(), f"--device={name}: no CUDA device is there: use --device=cpu")
+    return torch.device(name)
+
+
+def autocast(device):
+    """bf16 activations with fp32 master weights on a GPU (the paper: fp16 with fp32 masters), plain fp32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def adamw(model, lr, weight_decay=0.0):
+    """Adam with the paper's betas (0.9, 0.95); eps 1e-5 as in the original RLHF code. Decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
+
+
+def optimizer_step(optimizer, model, lr, grad_clip):
+    """Clip, step, clear; returns the gradient's norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def cosine(step, steps, floor=0.1):
+    """Cosine decay of the learning rate to 10% of its peak, without warm-up (InstructGPT, App. C.1)."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def seed_step(seed, step, device):
+    """A generator for this step alone, and torch's own state (dropout) set to match.
+
+    Every random draw of a stage is a function of (seed, step): a checkpoint needs no random states, and a run that was
+    stopped and started again draws what the unbroken run draws.
+    """
+    torch.manual_seed(seed * 1_000_003 + step)
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+NOT_RESULTS = {"out", "device", "log_every", "save_seconds"}  # flags that may change between a run and its continuation
+
+
+def save_checkpoint(path, **checkpoint):
+    """Write to a temporary name, then rename: a reader, or a kill, meets the old file or the new one, never a part."""
+    temporary = f"{path}.tmp"
+    try:
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise SystemExit(f"cannot write {path} ({reason}): free some space or choose another --out") from None
+
+
+def load_checkpoint(path, kind, made_by):
+    """Read the dict that save_checkpoint wrote; kind is 'policy' or 'reward', made_by the command and flag to name.
+
+    Raises SystemExit if the file is missing, damaged, not ours, or holds the other kind.
+    """
+    check(os.path.exists(path), f"{path} not found: {made_by}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["kind"]
+    except Exception:  # torch.load fails in many ways on a file that is cut short or was never a checkpoint
+        raise SystemExit(f"{path} is damaged or is not a checkpoint of this project: delete it, then {made_by}") from None
+    names = {"policy": "a policy", "reward": "a reward model"}
+    check(found == kind, f"{path} holds {names.get(found, found)}, expected {names[kind]}: did you mix up two paths?")
+    return checkpoint
+
+
+def resume(path, kind, settings):
+    """The checkpoint at path if there is one, made with the same settings; else None.
+
+    Raises SystemExit, naming the flags, if it was made with others: it is neither retrained nor overwritten.
+    """
+    if not os.path.exists(path):
+        return None
+    checkpoint = load_checkpoint(path, kind, "run the same command again")
+    theirs = checkpoint["settings"]
+    differ = [k for k in settings if k not in NOT_RESULTS and theirs.get(k) != settings[k]]
+    flags = ", ".join(f"--{k}={theirs.get(k)} there, {settings[k]} now" for k in differ)
+    check(not differ, f"{path} was made with other flags ({flags}): choose another --out, or delete it")
+    return checkpoint
+
+
+def is_finished(path):
+    """Is there a finished checkpoint at path?"""
+    if not os.path.exists(path):
+        return False
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["finished"]
+    except Exception:
+        raise SystemExit(f"{path} is damaged or is not a checkpoint of this project: delete it and run the same command again") from None
+
+
+def load_policy(path, made_by, device, epoch=None):
+    """-> GPT in eval mode, its checkpoint. epoch picks one of the kept epochs of sft.pt; None is the last."""
+    checkpoint = load_checkpoint(path, "policy", made_by)
+    check(checkpoint["finished"], f"{path} is not finished: {made_by}")
+    gpt = GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0}))  # dropout is for SFT only: table row in README
+    gpt.load_state_dict(checkpoint["epochs"][epoch] if epoch else checkpoint["weights"])
+    return gpt.to(device).eval(), checkpoint
+
+
+def load_reward(path, made_by, device):
+    """-> ScalarGPT in eval mode, its checkpoint."""
+    checkpoint = load_checkpoint(path, "reward", made_by)
+    check(checkpoint["finished"], f"{path} is not finished: {made_by}")
+    model = ScalarGPT(GPT(GPTConfig(**checkpoint["config"])))
+    model.load_state_dict(checkpoint["weights"])
+    return model.to(device).eval(), checkpoint
+
+
+class Saver:
+    """Says when a loop must save: every `seconds`, and after Ctrl-C, which then ends the run between two steps."""
+
+    def __init__(self, path, seconds):
+        self.path, self.seconds, self.last, self.interrupted = path, seconds, time.monotonic(), False
+
+    def __enter__(self):
+        self.previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.previous)
+
+    def _interrupt(self, *_):
+        if self.interrupted:  # a second Ctrl-C does not wait for the end of the step
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def save_if_due(self, step, checkpoint):
+        """checkpoint: a function without arguments that returns the dict to save."""
+        if not self.interrupted and time.monotonic() - self.last < self.seconds:
+            return
+        save_checkpoint(self.path, **checkpoint())
+        self.last = time.monotonic()
+        check(not self.interrupted, f"stopped after step {step}, saved in {self.path}: the same command goes on from there")
+
+
+class Log:
+    """One JSON object a line in a file, and one fixed-width line on the console. Rows after `step` are cut away first."""
+
+    def __init__(self, path, step):
+        self.path, kept = path, []
+        if os.path.exists(path):
+            with open(path) as file:
+                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".tmp", path)
+
+    def write(self, row, show=True):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if show:
+            print("  ".join(f"{name} {value:>{7 if isinstance(value, float) else 5}.4g}" for name, value in row.items()), flush=True)
+
+
+def check_finite(loss, step, path):
+    """Stop at the first loss that is not a number, before it reaches the checkpoint."""
+    check(math.isfinite(loss), f"the loss is {loss} at step {step}: lower the learning rate; {path} keeps the last good step, if one was saved")
+
+
+def peak_memory_gb():
+    """Peak memory in GB: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def run(main, Config, scales):
+    """What stands under `if __name__ == "__main__"` of every stage."""
+    try:
+        main(configure(Config, scales, sys.argv[1:]))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on from the last checkpoint") from None
+    except ValueError as problem:  # raised by our functions for what a caller got wrong
+        raise SystemExit(str(problem)) from None
