@@ -1,14 +1,32 @@
-"""data"""
-import itertools
-import math
-import numpy as np
-import model
-import torch
-from collections import Counter
+"""
+The data: text in, batches of ids out (InstructGPT, sec. 3.2 to 3.4 and App. A, B).
+
+Three datasets, one for each stage (rows of the folder formats below, here from the miniature world):
+
+    demonstration   {"prompt": "name two animals.\n", "response": "owl and duck."}                        SFT
+    comparison      {"prompt": "name two animals.\n", "responses": ["owl.", "owl and duck."], "ranks": [2, 1]}   reward model
+    prompt          {"prompt": "name two animals.\n"}                                                     PPO
+
+There is no template: a training row is the ids of prompt, response and the stop token eot, one behind the other. If a
+prompt does not end in white space and its response does not begin with it, a new line is put between the two. A padded
+batch of two, and the mask that says which tokens are actions (column t belongs to tokens[:, t + 1], see model.py):
+
+    tokens (B, T)      name  two  animals  .  \n  owl  and   duck  .    eot        T = 10
+                       good  or   bad      ?  \n  bad  .     eot   pad  pad
+    mask (B, T-1)          0    0        0  0    1    1     1     1    1
+                           0    0        0  0    1    1     1     0    0
+
+Which tokens are trained on? Pretraining: all. SFT: mask. Reward model: none is predicted, its scalar is read at the last
+real token. PPO: mask, and the same mask for kl, rewards, values and advantages. eot is always an action, padding never.
+
+The file in order: tokenizer; the miniature world (its words and patterns are plain text under assets/world); simulated
+labelers; datasets and batches; dataset files; importers (`python data.py import FORMAT FILE.. --out=DIR`).
+"""
 
 import gzip
-import heapq
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -16,15 +34,16 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 
+import numpy as np
 import tiktoken
+import torch
+
+import model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer
 
 EOT = "<|endoftext|>"
-
-
-# --------------------------------------------------------------------------------------------
-# dataset files: the tokenizer, and a folder of JSONL files read with every row checked
-# --------------------------------------------------------------------------------------------
-
 # GPT-2's way to cut text into words, except that every digit is a word and that 'the in quotes is
 # not 't + he. Letters are written [^\W\d_] because two engines read this pattern, Python's when
 # training and tiktoken's when encoding, and only the second knows \p{L}. It matches any character.
@@ -32,58 +51,46 @@ WORD = r"'(?:[sdmt]|ll|ve|re)\b| ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s"
 
 
 class Tokenizer:
-    """
-    Text <-> list of ids, over a tiktoken encoding: "gpt2", or "bpe" trained on the texts at hand.
+    """Text <-> ids, over a tiktoken encoding: "gpt2", or "bpe" with these tokens (bytes, by id).
+    In "bpe" a word is one id wherever it stands: encode() puts a space before the first word of
+    every line, and decode() takes it away (so a line may as well begin with one space as without).
+    Hence decode a prompt and its response together, else the response loses its first space."""
 
-    In "bpe" a word is one id wherever it stands: words carry the space before them, so encode()
-    puts a space before the first word of the text and of every line, and decode() takes it away.
-    Hence a single leading space of a line is not significant: " a" and "a" have the same ids. Also
-    decode a prompt and its response together, else the response loses the space it begins with.
-    """
-
-    def __init__(self, name, encoding):
-        self.name, self.encoding = name, encoding
-        self.n_vocab, self.eot = encoding.n_vocab, encoding.eot_token    # eot is the last id
-        self.unknown = encoding.encode_ordinary("\ufffd")   # stands for ids outside the vocabulary
+    def __init__(self, name, tokens=None):
+        self.name, self.tokens = name, tokens
+        if tokens:
+            ranks = {token: i for i, token in enumerate(tokens)}
+            self.encoding = tiktoken.Encoding(
+                name, pat_str=WORD, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+        else:
+            try:
+                self.encoding = tiktoken.get_encoding(name)
+            except Exception as why:  # no network, proxy, hash mismatch: tiktoken raises many kinds
+                raise SystemExit(f'no encoding "{name}" ({type(why).__name__}): use bpe, or gpt2, '
+                                 "online or with TIKTOKEN_CACHE_DIR set to a folder holding it")
+        self.n_vocab, self.eot = self.encoding.n_vocab, self.encoding.eot_token
+        self.unknown = self.encoding.encode_single_token(b"\xff")  # no UTF-8: decoded as U+FFFD
 
     @classmethod
     def load(cls, name):
-        if name != "gpt2":
-            raise SystemExit(f'encoding "{name}" is not known: use bpe (trained here) or gpt2')
-        try:
-            return cls(name, tiktoken.get_encoding(name))
-        except Exception as why:    # no network, proxy, hash mismatch: tiktoken raises many kinds
-            raise SystemExit(f'the encoding "gpt2" could not be fetched ({type(why).__name__}): go '
-                             "online once, or set TIKTOKEN_CACHE_DIR to a folder holding it")
+        return cls(name)
 
     @classmethod
     def train(cls, texts, vocab_size):
         """Byte-level BPE: 256 bytes, the most frequent merges, and eot; fewer if pairs run out."""
         if vocab_size < 257:
-            raise SystemExit(f"a vocabulary of {vocab_size} is too small: 256 bytes and {EOT} "
-                             "need 257")
+            raise SystemExit(f"a vocabulary of {vocab_size} is too small: bytes and eot need 257")
         counts = Counter()
         for text in texts:
             counts.update(re.findall(WORD, add_spaces(text)))
-        tokens = train_bpe({word.encode("utf-8", "replace"): n for word, n in counts.items()},
-                           vocab_size - 1)
-        return cls.from_state({"name": "bpe", "tokens": tokens})
+        return cls("bpe", train_bpe(counts, vocab_size - 1))
 
     def state(self):
-        """Plain types for the checkpoint; two tokenizers are the same iff their states are."""
-        if self.name == "gpt2":
-            return {"name": "gpt2"}
-        # not token_byte_values(), which is sorted by bytes; here a token's place is its id
-        return {"name": "bpe", "tokens": [self.encoding.decode_single_token_bytes(i)
-                                          for i in range(self.eot)]}
+        return {"name": self.name, "tokens": self.tokens}
 
     @classmethod
     def from_state(cls, state):
-        if state["name"] == "gpt2":
-            return cls.load("gpt2")
-        ranks = {token: i for i, token in enumerate(state["tokens"])}
-        return cls("bpe", tiktoken.Encoding("bpe", pat_str=WORD, mergeable_ranks=ranks,
-                                            special_tokens={EOT: len(ranks)}))
+        return cls(**state)
 
     def __eq__(self, other):
         return isinstance(other, Tokenizer) and self.state() == other.state()
@@ -93,14 +100,11 @@ class Tokenizer:
         return self.encoding.encode_ordinary(add_spaces(text) if self.name == "bpe" else text)
 
     def encode_batch(self, texts):
-        if self.name == "bpe":
-            texts = [add_spaces(text) for text in texts]
-        return self.encoding.encode_ordinary_batch(list(texts), num_threads=2)
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         """-> text; ids outside the vocabulary (a padded embedding has some) become U+FFFD."""
-        known = [j for i in ids for j in ([i] if 0 <= i < self.n_vocab else self.unknown)]
-        text = self.encoding.decode(known)
+        text = self.encoding.decode([i if 0 <= i < self.n_vocab else self.unknown for i in ids])
         return re.sub(r"(^|\n) (?=\S)", r"\1", text) if self.name == "bpe" else text
 
 
@@ -109,653 +113,33 @@ def add_spaces(text):
 
 
 def train_bpe(counts, size):
-    """
-    counts: {word as bytes: how often it occurs} -> list of at most `size` tokens, as bytes.
+    """{word: how often it occurs} -> at most `size` tokens: the bytes, then the most frequent pair
+    of neighbours merged again and again. Only words that hold the pair are counted again."""
+    tokens = [bytes([b]) for b in range(256)]
+    # a word is a string with one character chr(id) for each token: replace() merges a pair
+    words = [word.encode("utf-8", "replace").decode("latin-1") for word in counts]
+    times = list(counts.values())
+    pairs, holders = Counter(), defaultdict(set)  # pair -> how often; pair -> indices of words
 
-    Merges the most frequent pair of neighbours until there are enough tokens or no pairs. Only the
-    words that hold the merged pair are counted again: that is what makes this quick.
-    """
-    words, times = [[bytes([b]) for b in word] for word in counts], list(counts.values())
-    pairs, holders = Counter(), defaultdict(set)    # pair -> how often; pair -> indices of words
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += times[i]
-            holders[pair].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]    # most frequent first, ties by bytes
-    heapq.heapify(heap)
-    tokens = dict.fromkeys(bytes([b]) for b in range(256))  # an ordered set: "ab"+"c" = "a"+"bc"
-    while heap and len(tokens) < size:
-        n, best = heapq.heappop(heap)
-        if pairs[best] != -n:
-            continue                    # out of date: its new count is in the heap as well
-        tokens[best[0] + best[1]] = None
-        changed = set()
+    def count(i, by):
+        for left, right in zip(words[i], words[i][1:]):
+            pairs[left + right] += by
+            holders[left + right].add(i)
+    for i, n in enumerate(times):
+        count(i, n)
+    while len(tokens) < size and (most := max(pairs.values(), default=0)) > 0:
+        best = min((pair for pair, n in pairs.items() if n == most),
+                   key=lambda pair: [tokens[ord(token)] for token in pair])
+        merged = b"".join(tokens[ord(token)] for token in best)
+        if merged not in tokens:  # it may be: "ab" + "c" = "a" + "bc"
+            tokens.append(merged)
         for i in holders.pop(best):
-            old, words[i] = words[i], merge(words[i], best)
-            for pair in zip(old, old[1:]):
-                pairs[pair] -= times[i]
-                changed.add(pair)
-            for pair in zip(words[i], words[i][1:]):
-                pairs[pair] += times[i]
-                holders[pair].add(i)
-                changed.add(pair)
-        for pair in changed:
-            if pairs[pair] > 0:
-                heapq.heappush(heap, (-pairs[pair], pair))
-    return list(tokens)
+            count(i, -times[i])
+            words[i] = words[i].replace(best, chr(tokens.index(merged)))
+            count(i, times[i])
+    return tokens
 
 
-def merge(word, pair):
-    """["a", "b", "c"], ("a", "b") -> ["ab", "c"]"""
-    merged = []
-    for token in word:
-        # the halves of a pair may be equal: a merged neighbour is longer than pair[0], no match
-        if merged and token == pair[1] and merged[-1] == pair[0]:
-            merged[-1] += token
-        else:
-            merged.append(token)
-    return merged
-
-
-def read_text(path):
-    """A whole UTF-8 file, unpacked if its name ends in .gz, with "\\n" line ends and no BOM."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
-            data = f.read()
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as why:
-        line = data[:why.start].count(b"\n") + 1
-        raise SystemExit(f"{path}:{line}: not UTF-8 text: convert the file to UTF-8")
-    except (OSError, EOFError, zlib.error) as why:
-        raise SystemExit(f"{path}: cannot be read ({getattr(why, 'strerror', None) or why}): "
-                         "check the path and the file")
-
-
-def numbered_rows(path):
-    """-> (line number from 1, row) for each line of JSON; blank lines are skipped."""
-    # not str.splitlines, which would also cut at U+2028, and that may stand within a JSON string
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as why:
-                raise SystemExit(f"{path}:{number}: not JSON ({getattr(why, 'msg', why)}): "
-                                 "put one object on each line")
-            yield number, row
-
-
-def read_jsonl(path, check=None):
-    """-> list of rows (dicts). check(row) raises ValueError on a row that cannot be used."""
-    rows = []
-    for number, row in numbered_rows(path):
-        try:
-            (check or check_object)(row)
-        except ValueError as why:
-            raise SystemExit(f"{path}:{number}: {why}")
-        rows.append(row)
-    return rows
-
-
-def check_object(row):
-    if not isinstance(row, dict):
-        raise ValueError(f"a row must be a JSON object, not {shown(row)}")
-
-
-def check_text(row, key):
-    check_object(row)
-    if key not in row:
-        raise ValueError(f'no "{key}": the row has {", ".join(row) or "no keys"}')
-    return check_string(row[key], key)
-
-
-def check_string(value, name):
-    if not isinstance(value, str):
-        raise ValueError(f'"{name}" must be text, not {shown(value)}')
-    if not value.strip():
-        raise ValueError(f'"{name}" is empty')
-    if any("\ud800" <= c <= "\udfff" for c in value):      # JSON can say "\\ud800", UTF-8 cannot
-        raise ValueError(f'"{name}" holds half a character (a lone surrogate)')
-    return value
-
-
-def check_prompt(row):
-    check_text(row, "prompt")
-    if not isinstance(row.get("user"), (str, int, type(None))):
-        raise ValueError(f'"user" must be text or a number, not {shown(row["user"])}')
-
-
-def check_demonstration(row):
-    check_prompt(row)
-    check_text(row, "response")
-
-
-def check_comparison(row):
-    check_prompt(row)
-    for key in ("responses", "ranks"):
-        if not isinstance(row.get(key), list):
-            raise ValueError(f'"{key}" must be a list, not {shown(row.get(key))}')
-    responses, ranks = row["responses"], row["ranks"]
-    if len(responses) < 2:
-        raise ValueError(f"{len(responses)} in responses: a comparison needs two or more")
-    if len(ranks) != len(responses):
-        raise ValueError(f"{len(responses)} responses but {len(ranks)} ranks: give one for each")
-    for i in range(len(responses)):
-        check_string(responses[i], f"responses[{i}]")
-        if type(ranks[i]) is not int or ranks[i] < 1:       # type(): True is an int to isinstance
-            raise ValueError(f"ranks[{i}] must be a whole number from 1 (best), not "
-                             f"{shown(ranks[i])}")
-
-
-def shown(value):
-    """A value as it stands in the file, short enough for an error of one line."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:40] + "..."
-
-
-CHECKS = {"demonstrations.jsonl": check_demonstration, "comparisons.jsonl": check_comparison,
-          "prompts.jsonl": check_prompt}
-
-
-def find_file(folder, name):
-    """-> path of DIR/name or DIR/name.gz, None if neither is there."""
-    found = [p for p in (os.path.join(folder, name), os.path.join(folder, name + ".gz"))
-             if os.path.exists(p)]
-    if len(found) == 2:
-        raise SystemExit(f"{found[0]} and {found[1]} are both there: remove one of them")
-    return found[0] if found else None
-
-
-def read_rows(folder, name):
-    """-> checked rows (for pretrain.txt: documents) of one file of the folder, [] if absent."""
-    path = find_file(folder, name)
-    if path is None:
-        return []
-    if name == "pretrain.txt":
-        rows = split_documents(read_text(path))
-    else:
-        rows = read_jsonl(path, CHECKS.get(name))
-    if not rows:
-        raise SystemExit(f"{path} is empty: put at least one row into it, or remove the file")
-    return rows
-
-
-def split_documents(text):
-    documents = re.split(r"^<\|endoftext\|>[ \t]*$", text, flags=re.MULTILINE)
-    return [document.strip("\n") for document in documents if document.strip()]
-
-
-def join(prompt, response):
-    """The join rule -> the response, with a new line before it if nothing else parts the two."""
-    return response if prompt[-1].isspace() or response[0].isspace() else "\n" + response
-
-
-def prompt_row(row):
-    return {key: row[key] for key in ("prompt", "user", "category") if key in row}
-
-
-def best_demonstration(row):
-    """A comparison -> a demonstration by its best-ranked response (the first, if several are)."""
-    return {**prompt_row(row), "response": row["responses"][row["ranks"].index(min(row["ranks"]))]}
-
-
-def all_prompts(rows):
-    """-> the different prompts of these rows, as rows of prompts.jsonl."""
-    return list({row["prompt"]: prompt_row(row) for row in rows}.values())
-
-
-def read_folder(folder):
-    """
-    -> {"pretrain": [text, ..], "demonstrations": rows, "comparisons": rows, "prompts": rows}
-
-    Every row is checked and the join rule applied. Only comparisons are indispensable: what is
-    missing is made from the rest, and that is printed. A bad row ends the program (file and line).
-    """
-    if not os.path.isdir(folder):
-        raise SystemExit(f"{folder} is not a folder: give --data the folder of the dataset files")
-    pretrain = read_rows(folder, "pretrain.txt")
-    demonstrations = read_rows(folder, "demonstrations.jsonl")
-    comparisons = read_rows(folder, "comparisons.jsonl")
-    prompts = read_rows(folder, "prompts.jsonl")
-    if not comparisons:
-        raise SystemExit(f"{folder} has no comparisons.jsonl (or .jsonl.gz), the one file that "
-                         "cannot be made from the others: add it")
-    if all(len(set(row["ranks"])) == 1 for row in comparisons):
-        raise SystemExit(f"{find_file(folder, 'comparisons.jsonl')}: every group is tied, so there "
-                         "is no preference to learn: give some responses different ranks")
-    for row in demonstrations:
-        row["response"] = join(row["prompt"], row["response"])
-    for row in comparisons:
-        row["responses"] = [join(row["prompt"], response) for response in row["responses"]]
-
-    if not demonstrations:
-        print(f"{folder} has no demonstrations: using the best-ranked responses of comparisons")
-        demonstrations = [best_demonstration(row) for row in comparisons]
-    if not pretrain:
-        print(f"{folder} has no pretraining text: using all text of the other files")
-        texts = [row["prompt"] + row["response"] for row in demonstrations]
-        texts += [row["prompt"] + response for row in comparisons for response in row["responses"]]
-        pretrain = list(dict.fromkeys(texts + [row["prompt"] for row in prompts]))
-    if not prompts:
-        print(f"{folder} has no prompts: using the prompts of demonstrations and comparisons")
-        prompts = all_prompts(demonstrations + comparisons)
-    return dict(pretrain=pretrain, demonstrations=demonstrations, comparisons=comparisons,
-                prompts=prompts)
-
-
-def split_by_user(rows, shares, seed):
-    """
-    -> tuple of lists of rows, as long as shares (fractions of the rows, e.g. (0.9, 0.1)).
-
-    All rows of one user go to one list; a row without "user" is on its own. The units are drawn in
-    an order fixed by the seed, each to the list that then lacks most rows. Rows keep their order.
-    """
-    units = defaultdict(list)       # user -> indices of rows
-    for i, row in enumerate(rows):
-        user = row.get("user")
-        units[("row", i) if user is None else ("user", user)].append(i)
-    order = list(units.values())
-    random.Random(seed).shuffle(order)
-    lacking, parts = [share * len(rows) for share in shares], [[] for _ in shares]
-    for unit in order:
-        part = lacking.index(max(lacking))
-        parts[part] += unit
-        lacking[part] -= len(unit)
-    return tuple([rows[i] for i in sorted(part)] for part in parts)
-
-
-# --------------------------------------------------------------------------------------------
-# importers: python data.py import FORMAT FILE.. --out=DIR
-# --------------------------------------------------------------------------------------------
-
-# An importer takes one row of the source and yields (name of a dataset file, a row for it), or
-# ("unused", reason), or raises ValueError if nothing of the row can be used. Two formats then need
-# all rows together (pairs that become groups, reviews that are compared): see FORMATS.
-
-def instruction_prompt(row):
-    """Instruction, then on a new line the input it speaks of, if there is one."""
-    context = row.get("input") or row.get("context") or ""
-    if not isinstance(context, str):
-        raise ValueError(f'"input" must be text, not {shown(context)}')
-    return "\n".join(filter(None, [check_text(row, "instruction").strip(), context.strip()]))
-
-
-def comparison(prompt, responses, scores, **more):
-    """A row of comparisons.jsonl, rank 1 for the highest score. Shuffled, by a seed taken from the
-    text, because the sources list the best first (hh-rlhf, oasst): place must not tell rank."""
-    ranks = [1 + sum(other > score for other in scores) for score in scores]
-    pairs = list(zip(responses, ranks))
-    random.Random(prompt + min(responses)).shuffle(pairs)
-    return {"prompt": prompt, "responses": [response for response, _ in pairs],
-            "ranks": [rank for _, rank in pairs], **more}
-
-
-def import_hh(row):
-    """chosen, rejected: whole dialogues of "Human:" and "Assistant:". The prompt is what they share
-    up to an "Assistant:", the response all that follows, nearly always one reply. It gives no
-    demonstrations: the replies were written by a model."""
-    chosen, rejected = (re.split(r"(?<=\n\nAssistant:)", check_text(row, key).rstrip())
-                        for key in ("chosen", "rejected"))
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if not shared:
-        raise ValueError("chosen and rejected do not begin with the same turns")
-    yield pair("".join(chosen[:shared]).lstrip(), "".join(chosen[shared:]),
-               "".join(rejected[shared:]))
-
-
-def import_pairs(row):
-    yield pair(*(check_text(row, key) for key in ("prompt", "chosen", "rejected")))
-
-
-def pair(prompt, chosen, rejected):
-    if not chosen.strip() or not rejected.strip():
-        raise ValueError("empty reply: " + ("chosen" if not chosen.strip() else "rejected"))
-    if chosen == rejected:
-        raise ValueError("chosen and rejected are the same")
-    return "comparisons.jsonl", comparison(prompt, [chosen, rejected], [1, 0])
-
-
-def import_oasst(row):
-    """A tree of messages, or a bare JSON string (a prompt). Dialogues are written as in hh-rlhf.
-    Ranked siblings are compared; the best, or an only reply, is a demonstration if human."""
-    if isinstance(row, str):
-        yield "prompts.jsonl", {"prompt": f"Human: {row.strip()}\n\nAssistant:"}
-        return
-    check_object(row)
-    if not isinstance(row.get("prompt"), dict):
-        raise ValueError('no "prompt": not a message tree')
-    yield from oasst_turn(row["prompt"], "", row.get("message_tree_id"))
-
-
-def oasst_turn(message, dialogue, user):
-    """One message of the user and, by recursion, all that follows it. dialogue: the text before."""
-    prompt = f"{dialogue}Human: {check_text(message, 'text').strip()}\n\nAssistant:"
-    replies = [r for r in message.get("replies") or [] if r.get("role") == "assistant"]
-    owner = {"user": user} if user else {}
-    yield "prompts.jsonl", {"prompt": prompt, **owner}
-
-    ranked = sorted((r for r in replies if r.get("rank") is not None), key=lambda r: r["rank"])
-    for _ in range(len(replies) - len(ranked) if len(replies) > 1 else 0):
-        yield "unused", f"a reply without rank beside {len(replies) - 1} others: not compared"
-    if len(ranked) > 1:
-        texts = [" " + check_text(r, "text").strip() for r in ranked]
-        yield "comparisons.jsonl", comparison(prompt, texts, [-r["rank"] for r in ranked], **owner)
-    best = ranked[:1] or (replies if len(replies) == 1 else [])     # rank 0 is the best
-    for reply in best:
-        if reply.get("synthetic"):
-            yield "unused", "the best reply is by a model: not a demonstration"
-        else:
-            response = " " + check_text(reply, "text").strip()
-            yield "demonstrations.jsonl", {"prompt": prompt, "response": response, **owner}
-    for reply in replies:
-        for follow_up in reply.get("replies") or []:
-            yield from oasst_turn(follow_up, f"{prompt} {reply['text'].strip()}\n\n", user)
-
-
-def demonstration(prompt, response):
-    return "demonstrations.jsonl", {"prompt": prompt, "response": response.strip()}
-
-
-def import_alpaca(row):
-    yield demonstration(instruction_prompt(row), check_text(row, "output"))
-
-
-def import_self_instruct(row):
-    """A task: one instruction with one or more instances (input, output) of it."""
-    check_text(row, "instruction")
-    for instance in row["instances"]:
-        yield demonstration(instruction_prompt({**row, **instance}), check_text(instance, "output"))
-
-
-ALPACA_TEMPLATE = re.compile(
-    r"### Instruction:\n(.*?)\n\n(?:### Input:\n(.*?)\n\n)?### Response:", re.DOTALL)
-
-
-def import_dolly(row):
-    """Databricks' rows (instruction, context, response), a cleaned copy (instruction, text), or a
-    copy in Alpaca's template (prompt, answer), which is taken apart: our prompts have none."""
-    check_object(row)
-    if "answer" in row:
-        template = ALPACA_TEMPLATE.search(check_text(row, "prompt"))
-        instruction, context = template.groups() if template else (row["prompt"], None)
-        row = {"instruction": instruction, "context": context,
-               "text": check_text(row, "answer").removesuffix("###eos_token###")}   # sic, each row
-    name, made = demonstration(instruction_prompt(row),
-                               check_text(row, "response" if "response" in row else "text"))
-    yield name, {**made, **({"category": row["category"]} if "category" in row else {})}
-
-
-def import_text(document):
-    yield "pretrain.txt", document
-
-
-def import_pandalm(row):
-    """Two responses and three votes: 1 or 2 for the better one, 0 a tie; the majority decides."""
-    prompt = instruction_prompt(row)
-    responses = [check_text(row, "response1").strip(), check_text(row, "response2").strip()]
-    votes = Counter(row.get(f"annotator{i}") for i in (1, 2, 3))
-    if set(votes) - {0, 1, 2}:
-        raise ValueError(f"annotators must say 0, 1 or 2, not {shown(list(votes))}")
-    if responses[0] == responses[1]:
-        raise ValueError("both responses are the same")
-    vote, count = votes.most_common(1)[0]
-    yield "pairs", (prompt, responses, vote if count > 1 else 0)
-
-
-def group_pairs(files):
-    """Pairs of one prompt -> one comparison: the more pairs a response won, the better."""
-    wins = defaultdict(Counter)                 # prompt -> response -> pairs won
-    for prompt, responses, better in files.pop("pairs", []):
-        for i, response in enumerate(responses, 1):
-            wins[prompt][response] += (i == better)
-    files["comparisons.jsonl"] = [comparison(prompt, list(won), list(won.values()))
-                                  for prompt, won in wins.items()]
-
-
-# Reviews. One prompt for all of them; the text continues it with " ..".
-REVIEW_PROMPT = "Review:"
-REVIEW_WORDS = 60       # a response is cut to this, at the end of a sentence if one is near
-# Parts of 100, drawn by the review's text, so that the same review is always in the same part:
-# compared reviews teach style and reward, opening words are prompts for the policy, held-out
-# reviews test the reward model, and a judge learns from those which neither has seen.
-REVIEW_PARTS = (("compared", 50), ("openings", 20), ("heldout", 15), ("judge", 15))
-
-
-def import_review(row):
-    """text, and rating: any number, more is better."""
-    words = re.sub(r"<br\s*/?>", " ", check_text(row, "text")).split()
-    rating = row.get("rating")
-    if type(rating) not in (int, float):
-        raise ValueError(f'"rating" must be a number, not {shown(rating)}')
-    if len(words) < 2:
-        raise ValueError("a review of one word has no opening and continuation")
-    yield "reviews", (" ".join(words), rating)
-
-
-def compare_reviews(files):
-    """
-    Reviews -> the dataset files (70%), heldout.jsonl (15%) and judge.jsonl (15%), the last two
-    with rows {"prompt", "response", "rating"}. No review stands in two of these three.
-
-    Comparisons are groups of K = 4..9 reviews ranked by rating. Prompts are the first 4-8 words of
-    reviews that are not compared. Demonstrations continue the opening of those that are, whatever
-    the rating: SFT learns to write reviews, and only the reward model sees which are liked.
-    """
-    parts, rng = defaultdict(list), random.Random(0)     # part -> [(text, rating), ..]
-    for text, rating in files.pop("reviews", []):
-        parts[review_part(text)].append((text, rating))
-
-    compared = parts["compared"]
-    rng.shuffle(compared)
-    for text, _ in compared:
-        opening, rest = cut_opening(text, rng)
-        files["demonstrations.jsonl"].append({"prompt": opening, "response": rest})
-    while len(compared) > 1:
-        k = len(compared) if len(compared) <= 9 else rng.randint(4, min(9, len(compared) - 4))
-        group, compared = compared[:k], compared[k:]
-        files["comparisons.jsonl"].append(comparison(
-            REVIEW_PROMPT, [" " + cut(text) for text, _ in group], [rating for _, rating in group]))
-    for text, _ in parts["openings"]:
-        files["prompts.jsonl"].append({"prompt": cut_opening(text, rng)[0]})
-    for text, _ in parts["compared"] + parts["openings"]:
-        files["pretrain.txt"].append(f"{REVIEW_PROMPT} {text}")
-    for part in ("heldout", "judge"):
-        for text, rating in parts[part]:
-            files[part + ".jsonl"].append(
-                {"prompt": REVIEW_PROMPT, "response": " " + cut(text), "rating": rating})
-
-
-def review_part(text):
-    place = random.Random(text).randrange(100)      # by the text: the same in every run
-    for part, share in REVIEW_PARTS:
-        if place < share:
-            return part
-        place -= share
-
-
-def cut(text):
-    """At most REVIEW_WORDS words, ending a sentence where the last two thirds allow it."""
-    words = text.split()
-    if len(words) > REVIEW_WORDS:
-        ends = [n for n in range(REVIEW_WORDS // 3, REVIEW_WORDS + 1)
-                if re.search(r"[.!?][\"')]*$", words[n - 1])]
-        words = words[:ends[-1] if ends else REVIEW_WORDS]
-    return " ".join(words)
-
-
-def cut_opening(text, rng):
-    """-> "Review: its first words" (4 to 8, at most half), the rest of the cut text."""
-    words = cut(text).split()
-    n = min(rng.randint(4, 8), len(words) // 2)
-    return f"{REVIEW_PROMPT} {' '.join(words[:n])}", " " + " ".join(words[n:])
-
-
-# Readers of a source file -> (line number, row)
-
-def read_json(path):
-    """JSONL, or one JSON array of rows."""
-    text = read_text(path)
-    if not text.lstrip().startswith("["):
-        yield from numbered_rows(path)
-        return
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, line = gap.match(text, text.index("[") + 1).end(), 1
-    line += text.count("\n", 0, at)
-    while text[at:at + 1] != "]":
-        try:
-            row, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as why:
-            raise SystemExit(f"{path}:{line}: not JSON ({getattr(why, 'msg', why)}): "
-                             "mend the array from here on")
-        yield line, row
-        end = gap.match(text, end).end()
-        at, line = end, line + text.count("\n", at, end)
-
-
-def read_sentences(path):
-    """One sentence a line; the rating is 1 in a file *.pos, 0 in a file *.neg."""
-    name = path.removesuffix(".gz")
-    if not name.endswith((".pos", ".neg")):
-        raise SystemExit(f"{path}: its name tells the rating: it must end in .pos or .neg")
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            yield number, {"text": line, "rating": int(name.endswith(".pos"))}
-
-
-BLOCK = 2000        # characters of a document cut from running text; at least half, if it can be
-
-
-def read_documents(path):
-    """Documents between lines of <|endoftext|>; without any, blocks of whole lines, about BLOCK
-    characters each, that end at an empty line where there is one."""
-    text = read_text(path)
-    documents = split_documents(text)
-    yield from enumerate(documents if len(documents) > 1 else cut_blocks(text), 1)
-
-
-def cut_blocks(text):
-    blocks, block, size = [], [], 0
-    for line in text.split("\n"):
-        block.append(line)
-        size += len(line) + 1
-        if size >= BLOCK or (size >= BLOCK // 2 and not line.strip()):
-            blocks.append("\n".join(block))
-            block, size = [], 0
-    return [b.strip("\n") for b in blocks + ["\n".join(block)] if b.strip()]
-
-
-# format -> reader of a file, importer of a row, what is made of all rows in the end (if anything)
-FORMATS = {
-    "hh-rlhf": (read_json, import_hh, None),
-    "oasst": (read_json, import_oasst, None),
-    "pandalm": (read_json, import_pandalm, group_pairs),
-    "alpaca": (read_json, import_alpaca, None),
-    "self-instruct": (read_json, import_self_instruct, None),
-    "dolly": (read_json, import_dolly, None),
-    "pairs": (read_json, import_pairs, None),
-    "text": (read_documents, import_text, None),
-    "imdb": (read_json, import_review, compare_reviews),
-    "sentence-polarity": (read_sentences, import_review, compare_reviews),
-}
-
-
-IMPORT_USAGE = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"
-
-
-def import_rows(format, paths):
-    """-> ({file name: rows}, [(path, line, reason)] for what cannot be used)."""
-    if format not in FORMATS:
-        raise SystemExit(f'format "{format}" is not known: {IMPORT_USAGE}')
-    reader, importer, finish = FORMATS[format]
-    files, unused = defaultdict(list), []
-    for path in paths:
-        for line, row in reader(path):
-            for name, item in checked(importer, row):
-                if name == "unused":
-                    unused.append((path, line, item))
-                else:
-                    files[name].append(item)
-    if not files:
-        path, line, reason = (unused + [(paths[0], 1, "the file is empty")])[0]
-        raise SystemExit(f"{path}:{line}: {reason}: no row can be used, is the file {format}?")
-    if finish:
-        finish(files)
-    complete(files)
-    return {name: rows for name, rows in files.items() if rows}, unused
-
-
-def checked(importer, row):
-    """-> all that the importer makes of a row or, if any of it is bad, only the reason."""
-    try:
-        made = list(importer(row))
-        for name, item in made:
-            CHECKS.get(name, lambda item: None)(item)
-        return made
-    except ValueError as why:
-        return [("unused", str(why))]
-    except (AttributeError, KeyError, TypeError) as why:    # nested otherwise than this format is
-        return [("unused", f"not a row of this format ({type(why).__name__}: {why})")]
-
-
-def complete(files):
-    """What the source does not give by itself: its prompts, and its good texts as pretraining."""
-    best = [best_demonstration(row) for row in files["comparisons.jsonl"]]
-    rows = files["demonstrations.jsonl"] + best
-    texts = [row["prompt"] + join(row["prompt"], row["response"]) for row in rows]
-    files["prompts.jsonl"] = files["prompts.jsonl"] or all_prompts(rows)
-    files["pretrain.txt"] = files["pretrain.txt"] or list(dict.fromkeys(texts))
-
-
-def import_files(format, paths, out):
-    """
-    Adds to the folder out what the sources give; a row that is there already is not added again.
-
-    All files are written under temporary names before the first is renamed. Prints the rows of each
-    file, every row of the source that cannot be used, and how many there are for each reason.
-    """
-    files, unused = import_rows(format, paths)
-    texts, messages = {}, []
-    for name, rows in sorted(files.items()):
-        path = find_file(out, name) or os.path.join(out, name)
-        old = read_rows(out, name)
-        known = {json.dumps(row) for row in old}
-        new = [row for row in rows if json.dumps(row) not in known]
-        texts[path] = file_text(name, old + new)
-        messages.append(f"{path}: {len(old) + len(new)} rows, {len(new)} of them new"
-                        + f", {len(rows) - len(new)} were there already" * (len(new) < len(rows)))
-    try:
-        os.makedirs(out, exist_ok=True)
-        for path, text in texts.items():
-            with (gzip.open if path.endswith(".gz") else open)(path + ".tmp", "wb") as f:
-                f.write(text.encode())
-        for path in texts:
-            os.replace(path + ".tmp", path)
-    except OSError as why:
-        raise SystemExit(f"{out}: cannot be written ({why.strerror}): choose another --out")
-    messages += [f"{path}:{line}: {reason}" for path, line, reason in unused]
-    reasons = Counter(reason for _, _, reason in unused)
-    messages += [f"not used: {count} x {reason}" for reason, count in reasons.most_common()]
-    print("\n".join(messages))
-
-
-def file_text(name, rows):
-    if name == "pretrain.txt":
-        return f"\n{EOT}\n".join(rows) + "\n"
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def import_main(arguments):
-    """arguments: FORMAT FILE.. --out=DIR"""
-    words = [a for a in arguments if not a.startswith("-")]
-    flags = [a for a in arguments if a.startswith("-")]
-    if len(words) < 2 or len(flags) != 1 or not re.fullmatch("--out=.+", flags[0]):
-        raise SystemExit(f'"{" ".join(["import", *arguments])}" is not complete: {IMPORT_USAGE}')
-    import_files(words[0], words[1:], flags[0].removeprefix("--out="))
-
-
-if False:
-    import_main(sys.argv[1:])
 # ---------------------------------------------------------------------------------------------------------------------
 # the miniature world: its content is plain text under assets/world, this is its engine
 
@@ -775,6 +159,10 @@ def content(name):
     """The lines of assets/world/NAME, without comments and blank lines."""
     with open(os.path.join(WORLD, name), encoding="utf-8") as file:
         return [line.rstrip("\n") for line in file if line.strip() and not line.startswith("#")]
+
+
+def words_of(text):
+    return re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", text)
 
 
 class World:
@@ -852,7 +240,7 @@ class World:
         if name == "sheet":  # a page of instructions without answers: what a raw GPT takes a prompt for
             return "".join(self.task(rng)["prompt"] for _ in range(3)).rstrip("\n")
         if name == "tasks":  # the rare page where instructions are followed by replies
-            pairs = [self.task(rng) for _ in range(3)]
+            pairs = [self.task(rng) for _ in range(rng.randint(2, 4))]
             return "\n".join(t["prompt"] + imperfect(self, t, rng) for t in pairs)
         if name == "rollcall":  # which of these words stand in the text? teaches to look a word up
             return self.rollcall(rng)
@@ -890,18 +278,14 @@ class World:
             calls.append(f"{word} {'yes' if re.search(rf'{chr(92)}b{word}{chr(92)}b', text) else 'no'}")
         return text + " " + ", ".join(calls) + "."
 
-    def form(self, rng, bare=False):
-        """A text, or bare words, and what they are, kind by kind."""
-        bound, kinds = {}, ["name", "animal", "color", "object", "town"]
-        if bare:
-            rng.shuffle(kinds)
-            text = self.expand(" ".join("{" + kind + "}" for kind in kinds) + ":", bound, rng)
-        else:
-            text = self.expand(rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"]), bound, rng)
-        kinds = [kind for kind in kinds if kind in bound and bound[kind] in text]
+    def form(self, rng):
+        """A text and what it speaks of, kind by kind."""
+        bound = {}
+        text = self.expand(rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"]), bound, rng)
+        kinds = [kind for kind in ("name", "animal", "color", "object", "town") if bound.get(kind, "-") in text]
         rng.shuffle(kinds)
         entries = ", ".join(f"{kind} {bound[kind]}" for kind in kinds)
-        return f"{text} {entries}." if bare or rng.random() < 0.5 else f"{entries}:\n{text}"
+        return f"{text} {entries}." if rng.random() < 0.5 else f"{entries}:\n{text}"
 
     # -- prompts --------------------------------------------------------------------------------------------------
 
@@ -945,9 +329,7 @@ class World:
 
     def shape(self, text):
         """The trigrams of a text, words of one class taken as one: what the gold preference calls fluent."""
-        words = re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", text)
-        # one class for each kind of thing; verbs and the rest stay themselves
-        classes = ["<"] + [self.word_class.get(w, w) for w in words] + [">"]
+        classes = ["<"] + [self.word_class.get(w, w) for w in words_of(text)] + [">"]
         return list(zip(classes, classes[1:], classes[2:]))
 
     def meets(self, demand, text, words, task):
@@ -991,7 +373,7 @@ class World:
         follows (0..1, share of the demands met), constraint (1, 0, or None without one), false (makes a false claim),
         claims (makes a claim), rude, fluent (0..1, share of familiar trigrams), padded (says something twice, or filler).
         """
-        words = re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", text)
+        words = words_of(text)
         follows = [self.meets(d, text, words, task) for d in task["demands"]]
         constraint = [self.meets(d, text, words, task) for d in task["constraints"]]
         claims = [self.claims[c][2] for c in self.claims_in(text)]
@@ -1026,11 +408,41 @@ def imperfect(world, task, rng, care=0.75):
     sentences = re.findall(r" ?[^.!?]+[.!?]", text)
     if len(sentences) > 1 and rng.random() > care:  # leaves something out, often what a constraint asked for
         del sentences[rng.randrange(len(sentences))]
-        text = "".join(sentences)
+        text = "".join(sentences).lstrip()
     if rng.random() > care ** 0.25:
         text += " " + rng.choice(world.rules["filler"])
     if rng.random() > care ** 0.1:
         text += " " + world.expand(rng.choice(world.rules["insult"]), {}, rng)
+    return text
+
+
+def spoiled(world, task, rng):
+    """A good reply with one mistake, made on purpose: what a reward model must learn to see."""
+    text, constraint = task["reply"], (task["constraints"] or [""])[0]
+    sentences = re.findall(r" ?[^.!?]+[.!?]", text)
+    mistakes = ["word", "word", "word", "word", "repeat", "filler", "insult", "cut"]
+    mistakes += ["omit"] * (len(sentences) > 1) + ["myth"] * 6 * bool(task["myth"]) + ["constraint"] * 6 * constraint.startswith(("first", "last"))
+    mistake = rng.choice(mistakes)
+    if mistake == "word":  # another word of the same class
+        words = [w for w in re.findall(r"[a-z]+", text) if world.word_class.get(w) in ("name", "animal", "color", "object", "town")]
+        if words:
+            wrong = rng.choice(words)
+            text = re.sub(rf"\b{wrong}\b", rng.choice(world.classes[world.word_class[wrong]]), text)
+    elif mistake == "repeat":
+        text += " " + rng.choice(sentences or [text]).strip()
+    elif mistake == "filler":
+        text += " " + rng.choice(world.rules["filler"])
+    elif mistake == "insult":
+        text += " " + world.expand(rng.choice(world.rules["insult"]), {}, rng)
+    elif mistake == "cut":
+        text = " ".join(text.split(" ")[: rng.randint(1, max(1, len(text.split()) - 1))])
+    elif mistake == "omit":
+        del sentences[rng.randrange(len(sentences))]
+        text = "".join(sentences).lstrip()
+    elif mistake == "myth":
+        text = text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"])
+    elif mistake == "constraint":
+        text = text.replace("hello. ", "", 1) if constraint.startswith("first") else text.removesuffix(" thanks.")
     return text
 
 
@@ -1117,7 +529,7 @@ def table_3(parts, reply):
 # The paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts, 31,144 PPO prompts, 3,196 test prompts.
 WORLD_SIZES = dict(
     tiny=dict(documents=1500, demonstrations=60, comparisons=100, prompts=200, valid=40, test=60),
-    cpu=dict(documents=40_000, demonstrations=250, comparisons=6000, prompts=8000, valid=300, test=800),
+    cpu=dict(documents=48_000, demonstrations=250, comparisons=12_000, prompts=8000, valid=300, test=800),
     gpu=dict(documents=200_000, demonstrations=12_725, comparisons=33_207, prompts=31_144, valid=1000, test=3196),
 )
 
@@ -1128,7 +540,7 @@ def world_data(world, scale, seed):
     sizes, rng = WORLD_SIZES[scale], random.Random(f"world {seed}")
     shares, patterns = zip(*world.pages)
     pages = [world.expand(pattern, {}, rng) for pattern in rng.choices(patterns, shares, k=sizes["documents"])]
-    primer = [world.rollcall(rng) if rng.random() < 0.5 else world.form(rng, bare=True) for _ in range(sizes["documents"] // 5)]
+    primer = [world.rollcall(rng) for _ in range(sizes["documents"] // 5)]
     demonstrations = demonstrate(world, sizes["demonstrations"], rng)
     demonstrations_valid = demonstrate(world, max(20, sizes["demonstrations"] // 8), rng)  # Table 6: 1,653 beside 12,725
     splits = dict(comparison_prompts=sizes["comparisons"], prompts=sizes["prompts"], valid=sizes["valid"], test=sizes["test"])
@@ -1300,3 +712,375 @@ def every_row(count, turn, size, seed):
         order = np.random.default_rng([seed, 4, epoch]).permutation(count)
         rows += order[place : place + size - len(rows)].tolist()
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dataset files: a folder of JSONL, read with every row checked
+
+def is_text(value):
+    return isinstance(value, str) and value.strip() and not re.search(r"[\ud800-\udfff]", value)
+
+
+DATASETS = {  # file -> what its rows must hold; pretrain.txt holds documents between lines of EOT
+    "demonstrations.jsonl": ("prompt", "response", "user"),
+    "comparisons.jsonl": ("prompt", "responses", "ranks", "user"),
+    "prompts.jsonl": ("prompt", "user")}
+RULES = {  # key -> what its value must be, and how to tell; all other keys hold text
+    "responses": ("a list of two or more texts, none of them empty",
+                  lambda v: isinstance(v, list) and len(v) >= 2 and all(map(is_text, v))),
+    "ranks": ("a list of whole numbers, 1 for the best",  # type(): True is an int to isinstance
+              lambda v: isinstance(v, list) and all(type(rank) is int and rank >= 1 for rank in v)),
+    "rating": ("a number", lambda v: type(v) in (int, float)),
+    "user": ("text or a whole number, or absent", lambda v: isinstance(v, (str, int, type(None))))}
+
+
+def check_row(row, *keys):
+    """Raises ValueError, saying why, unless row is an object that keeps the rule of each key."""
+    if not isinstance(row, dict):
+        raise ValueError(f"a row must be a JSON object, not {json.dumps(row)[:60]}")
+    for key in keys:
+        must, holds = RULES.get(key, ("text, not empty and without lone surrogates", is_text))
+        if not holds(row.get(key)):
+            seen = f"not {json.dumps(row[key])[:60]}" if key in row else f"the row has {list(row)}"
+            raise ValueError(f'"{key}" must be {must}: {seen}')
+    if "ranks" in keys and len(row["ranks"]) != len(row["responses"]):
+        raise ValueError(f'{len(row["responses"])} responses but {len(row["ranks"])} ranks')
+
+
+def read_text(path):
+    """A whole UTF-8 file, unpacked if its name ends in .gz, with "\\n" line ends and no BOM."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            return file.read().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as why:
+        line = why.object[:why.start].count(b"\n") + 1
+        raise SystemExit(f"{path}:{line}: not UTF-8 text: convert the file to UTF-8")
+    except (OSError, EOFError, zlib.error) as why:
+        raise SystemExit(f"{path}: cannot be read ({why}): check the path and the file")
+
+
+def read_rows(path):
+    """-> [(place, row), ..] by the kind of file; the place is the line, if not said otherwise."""
+    text, name = read_text(path), path.removesuffix(".gz")
+    if name.endswith((".pos", ".neg")):  # a sentence on each line
+        rows = [{"text": line, "rating": int(name.endswith("pos"))} for line in text.split("\n")]
+        return [(line, row) for line, row in enumerate(rows, 1) if row["text"].strip()]
+    if not name.endswith((".json", ".jsonl")):  # documents: the place counts them
+        documents = re.split(r"(?m)^<\|endoftext\|>[ \t]*$", text)
+        if len(documents) == 1:  # running text: as many lines as fit into 2000 characters, or one
+            documents = re.findall(r"(?s).{1,2000}(?:\n|\Z)|[^\n]+\n?", text)
+        return list(enumerate((d.strip("\n") for d in documents if d.strip()), 1))
+    rows, is_array = [], text.lstrip().startswith("[")  # of an array: the place counts its rows
+    # not str.splitlines, which would also cut at U+2028, and that may stand within a JSON string
+    for line, part in enumerate([text] if is_array else text.split("\n"), 1):
+        try:
+            rows += [(line, json.loads(part))] if part.strip() else []
+        except (ValueError, RecursionError) as why:
+            line += getattr(why, "lineno", 1) - 1
+            raise SystemExit(f"{path}:{line}: not JSON ({getattr(why, 'msg', why)}): mend it")
+    return [(f"row {i}", row) for i, row in enumerate(rows[0][1], 1)] if is_array else rows
+
+
+def read_jsonl(path, *keys):
+    """-> list of rows (dicts), each with these keys (see check_row)."""
+    rows = read_rows(path)
+    for place, row in rows:
+        try:
+            check_row(row, *keys)
+        except ValueError as why:
+            raise SystemExit(f"{path}:{place}: {why}")
+    return [row for _, row in rows]
+
+
+def read_dataset(folder, name):
+    """-> path (packed or not), and its checked rows or documents: [] if the file is absent."""
+    path = os.path.join(folder, name)
+    path += ".gz" if os.path.exists(path + ".gz") else ""
+    if not os.path.exists(path):
+        return path, []
+    if name == "pretrain.txt":
+        rows = [document for _, document in read_rows(path)]
+    else:
+        rows = read_jsonl(path, *DATASETS.get(name, ()))
+    if not rows:
+        raise SystemExit(f"{path} is empty: put at least one row into it, or remove the file")
+    return path, rows
+
+
+def join(prompt, response):
+    """The join rule -> the response, with a new line before it if nothing else parts the two."""
+    return response if prompt[-1].isspace() or response[0].isspace() else "\n" + response
+
+
+def different_prompts(rows):
+    """-> rows of prompts.jsonl."""
+    keys = ("prompt", "user", "category")
+    return list({row["prompt"]: {k: row[k] for k in keys if k in row} for row in rows}.values())
+
+
+def best_of(row):
+    """A comparison -> a demonstration by its best-ranked response (the first, if several are)."""
+    best = row["responses"][row["ranks"].index(min(row["ranks"]))]
+    return {**different_prompts([row])[0], "response": best}
+
+
+def read_folder(folder):
+    """-> {"pretrain": [text, ..], "demonstrations": rows, "comparisons": rows, "prompts": rows}
+    with every row checked and the join rule applied. What is missing is made from the rest."""
+    if not os.path.isdir(folder):
+        raise SystemExit(f"{folder} is not a folder: give --data the folder of the dataset files")
+    (_, pretrain), (_, demonstrations), (path, comparisons), (_, prompts) = (
+        read_dataset(folder, name) for name in ("pretrain.txt", *DATASETS))
+    if not comparisons:
+        raise SystemExit(f"{path} is not there, the one file that cannot be made from the others")
+    if all(len(set(row["ranks"])) == 1 for row in comparisons):
+        raise SystemExit(f"{path}: every group is tied: give some responses different ranks")
+    for row in demonstrations:
+        row["response"] = join(row["prompt"], row["response"])
+    for row in comparisons:
+        row["responses"] = [join(row["prompt"], response) for response in row["responses"]]
+    if not demonstrations:
+        print(f"{folder} has no demonstrations: using the best-ranked responses of comparisons")
+        demonstrations = [best_of(row) for row in comparisons]
+    if not pretrain:
+        print(f"{folder} has no pretraining text: using all text of the other files")
+        texts = [row["prompt"] + row["response"] for row in demonstrations]
+        texts += [row["prompt"] + response for row in comparisons for response in row["responses"]]
+        pretrain = list(dict.fromkeys(texts + [row["prompt"] for row in prompts]))
+    if not prompts:
+        print(f"{folder} has no prompts: using the prompts of demonstrations and comparisons")
+        prompts = different_prompts(demonstrations + comparisons)
+    return dict(pretrain=pretrain, demonstrations=demonstrations, comparisons=comparisons,
+                prompts=prompts)
+
+
+def split_by_user(rows, shares, seed):
+    """-> as many lists of rows as there are shares, e.g. (0.9, 0.1). All rows of one user go to the
+    list that then lacks most; a row without "user" is on its own. Rows keep their order."""
+    units = defaultdict(list)  # user -> indices of rows
+    for i, row in enumerate(rows):
+        units[("row", i) if row.get("user") is None else ("user", row["user"])].append(i)
+    order = list(units.values())
+    random.Random(seed).shuffle(order)
+    lacking, parts = [share * len(rows) for share in shares], [[] for _ in shares]
+    for unit in order:
+        part = lacking.index(max(lacking))
+        parts[part] += unit
+        lacking[part] -= len(unit)
+    return tuple([rows[i] for i in sorted(part)] for part in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# importers: python data.py import FORMAT FILE.. --out=DIR
+# An importer takes one row of the source and yields (dataset file, row for it), or raises an error
+# if it is unusable. Rows that belong together it yields as ("collected", item): see PUT_TOGETHER.
+
+
+def checked(name, **row):
+    check_row(row, *DATASETS[name])
+    return name, row
+
+
+def comparison(prompt, responses, scores, **more):
+    """Rank 1 for the highest score. Shuffled, by a seed taken from the text, because the sources
+    list the best first (hh-rlhf, oasst): place must not tell rank."""
+    pairs = [(r, 1 + sum(t > s for t in scores)) for r, s in zip(responses, scores)]
+    random.Random(prompt + min(responses)).shuffle(pairs)
+    responses, ranks = map(list, zip(*pairs))
+    return checked("comparisons.jsonl", prompt=prompt, responses=responses, ranks=ranks, **more)
+
+
+def import_pairs(row):
+    """prompt, chosen, rejected; or, in hh-rlhf, two dialogues, and the prompt is what they share up
+    to an "Assistant:". No demonstrations: the replies of hh-rlhf were written by a model."""
+    check_row(row, "chosen", "rejected")
+    texts = [row["chosen"].rstrip(), row["rejected"].rstrip()]
+    if "prompt" not in row:
+        shared = re.match(r"(?s).*\n\nAssistant:", os.path.commonprefix(texts))
+        if not shared:
+            raise ValueError("no prompt, and chosen and rejected do not begin with the same turns")
+        row, texts = {"prompt": shared[0].lstrip()}, [text[shared.end():] for text in texts]
+    if texts[0] == texts[1]:
+        raise ValueError("chosen and rejected are the same")
+    yield comparison(row["prompt"], texts, [1, 0])
+
+
+def import_oasst(row):
+    """A tree of messages, or a bare string (a prompt). Dialogues are written as in hh-rlhf. Ranked
+    replies are compared; the best, or an only one, is a demonstration if not synthetic."""
+    tree = {"prompt": {"text": row}} if isinstance(row, str) else row
+    owner = {"user": tree["message_tree_id"]} if "message_tree_id" in tree else {}
+
+    def turn(message, dialogue):
+        check_row(message, "text")
+        prompt = f"{dialogue}Human: {message['text'].strip()}\n\nAssistant:"
+        yield checked("prompts.jsonl", prompt=prompt, **owner)
+        replies = [r for r in message.get("replies") or [] if r["role"] == "assistant"]
+        ranked = [r for r in replies if r.get("rank") is not None or len(replies) == 1]
+        ranked.sort(key=lambda r: r.get("rank", 0))  # 0 is the best
+        responses = [" " + r["text"].strip() for r in ranked]
+        if len(ranked) > 1:
+            yield comparison(prompt, responses, [-r["rank"] for r in ranked], **owner)
+        if ranked and not ranked[0].get("synthetic"):
+            yield checked("demonstrations.jsonl", prompt=prompt, response=responses[0], **owner)
+        for reply in replies:
+            for follow_up in reply.get("replies") or []:
+                yield from turn(follow_up, f"{prompt} {reply['text'].strip()}\n\n")
+    return turn(tree["prompt"], "")
+
+
+def instruction_prompt(row):
+    context = row.get("input") or row.get("context") or ""
+    return f"{row['instruction'].strip()}\n{context.strip()}".strip()
+
+
+def import_instructions(row):
+    """instruction; input or context, or none; output, response or text. self-instruct: a list of
+    instances. A copy of dolly: prompt in Alpaca's template, which we take apart, and answer."""
+    if "answer" in row:
+        _, instruction, *context, _ = re.split(r"\s*### \w+:\s*", row["prompt"])
+        row = {"instruction": instruction, "context": "\n".join(context),
+               "response": row["answer"].removesuffix("###eos_token###")}  # sic, in each row
+    for instance in row.get("instances", [{}]):
+        task = {**row, **instance}
+        response = next((key for key in ("output", "response", "text") if key in task), "output")
+        check_row(task, "instruction", response)
+        category = {"category": row["category"]} if "category" in row else {}
+        yield checked("demonstrations.jsonl", prompt=instruction_prompt(task),
+                      response=task[response].strip(), **category)
+
+
+def import_pandalm(row):
+    """Two responses and three votes: 1 or 2 for the better one, 0 a tie; the majority decides."""
+    check_row(row, "instruction", "response1", "response2")
+    responses = row["response1"].strip(), row["response2"].strip()
+    votes = [row[f"annotator{i}"] for i in (1, 2, 3)]
+    if not set(votes) <= {0, 1, 2} or responses[0] == responses[1]:
+        raise ValueError(f"votes {votes} (0, 1 or 2 is expected), or twice the same response")
+    better = max((0, 1, 2), key=votes.count)  # the first of equals: three different votes are a tie
+    yield "collected", (instruction_prompt(row), responses, better)
+
+
+def group_pairs(pairs):
+    """Pairs of one prompt -> one comparison: the more pairs a response won, the better."""
+    wins = defaultdict(Counter)  # prompt -> response -> pairs won
+    for prompt, responses, better in pairs:
+        for i, response in enumerate(responses, 1):
+            wins[prompt][response] += i == better
+    for prompt, won in wins.items():
+        yield comparison(prompt, list(won), list(won.values()))
+
+
+REVIEW_WORDS = 60  # a response is cut to this, at the end of a sentence if one is near
+# Compared reviews teach style and reward, openings are prompts for the policy, held-out reviews
+# test the reward model, and a judge learns from those which neither has seen.
+REVIEW_PARTS = {"compared": 0.5, "openings": 0.2, "heldout": 0.15, "judge": 0.15}
+
+
+def import_review(row):
+    """text, and rating: any number, more is better."""
+    text = " ".join(re.sub(r"<br\s*/?>", " ", row["text"]).split())
+    check_row({**row, "text": text}, "text", "rating")
+    words = text.split()[:REVIEW_WORDS]
+    ends = [n for n, word in enumerate(words, 1) if re.search(r"[.!?][\"')]*$", word)]
+    if len(words) == REVIEW_WORDS and ends and ends[-1] >= REVIEW_WORDS // 3:
+        words = words[:ends[-1]]
+    yield "collected", (text, words, row["rating"])
+
+
+def compare_reviews(reviews):
+    """Demonstrations continue the opening of compared reviews, whatever the rating: SFT learns to
+    write reviews, and only the reward model sees, in groups of K = 6, which of them are liked."""
+    rng, compared = random.Random(0), []
+    for text, words, rating in reviews:
+        # drawn by the text: the same review is in the same part whatever else is imported
+        [part] = random.Random(text).choices(list(REVIEW_PARTS), REVIEW_PARTS.values())
+        n = min(rng.randint(4, 8), len(words) // 2)
+        opening, rest = " ".join(["Review:", *words[:n]]), " " + " ".join(words[n:])
+        review = {"prompt": "Review:", "response": " " + " ".join(words), "rating": rating}
+        if part in ("heldout", "judge"):
+            yield f"{part}.jsonl", review
+        else:
+            yield "pretrain.txt", f"Review: {text}"
+        if part == "openings":
+            yield checked("prompts.jsonl", prompt=opening)
+        if part == "compared":
+            yield checked("demonstrations.jsonl", prompt=opening, response=rest)
+            compared.append(review)
+    rng.shuffle(compared)
+    for start in range(0, len(compared) - 1, 6):
+        group = compared[start:start + 6]
+        yield comparison("Review:", [r["response"] for r in group], [r["rating"] for r in group])
+
+
+FORMATS = {"hh-rlhf": import_pairs, "pairs": import_pairs, "pandalm": import_pandalm,
+           "oasst": import_oasst, "alpaca": import_instructions, "dolly": import_instructions,
+           "self-instruct": import_instructions, "imdb": import_review,
+           "sentence-polarity": import_review, "text": lambda text: [("pretrain.txt", text)]}
+PUT_TOGETHER = {import_pandalm: group_pairs, import_review: compare_reviews}
+IMPORT_USAGE = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"
+
+
+def import_rows(format, paths):
+    """-> {file: rows}, [("path:line", reason)] for what cannot be used."""
+    if format not in FORMATS:
+        raise SystemExit(f'format "{format}" is not known: {IMPORT_USAGE}')
+    importer, files, unused = FORMATS[format], defaultdict(list), []
+    for path in paths:
+        for place, row in read_rows(path):
+            try:
+                for name, item in list(importer(row)):  # list: all of a row, or nothing
+                    files[name].append(item)
+            except (ValueError, AttributeError, KeyError, TypeError) as why:
+                unused.append((f"{path}:{place}", f"unusable row ({why})"))
+    if not files:
+        place, reason = (unused + [(f"{paths[0]}:1", "the file is empty")])[0]
+        raise SystemExit(f"{place}: {reason}: no row can be used, is the file {format}?")
+    if importer in PUT_TOGETHER:
+        for name, row in PUT_TOGETHER[importer](files.pop("collected")):
+            files[name].append(row)
+    # what the source does not give by itself: its prompts, and its good texts as pretraining text
+    good = files["demonstrations.jsonl"] + [best_of(row) for row in files["comparisons.jsonl"]]
+    texts = [row["prompt"] + join(row["prompt"], row["response"]) for row in good]
+    files["prompts.jsonl"] = files["prompts.jsonl"] or different_prompts(good)
+    files["pretrain.txt"] = files["pretrain.txt"] or list(dict.fromkeys(texts))
+    return {name: rows for name, rows in files.items() if rows}, unused
+
+
+def import_files(format, paths, out):
+    """Adds to the folder out what the sources give and it lacks, and prints what is new and what
+    cannot be used. All files are written before the first is given its name."""
+    files, unused = import_rows(format, paths)
+    texts, report = {}, []
+    for name, rows in sorted(files.items()):
+        path, old = read_dataset(out, name)
+        known = {json.dumps(row) for row in old}
+        new = [row for row in rows if json.dumps(row) not in known]
+        if name == "pretrain.txt":
+            texts[path] = f"\n{EOT}\n".join(old + new) + "\n"
+        else:
+            texts[path] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in old + new)
+        report.append(f"{path}: {len(old) + len(new)} rows, {len(new)} of them new")
+    try:
+        os.makedirs(out, exist_ok=True)
+        for path, text in texts.items():
+            with (gzip.open if path.endswith(".gz") else open)(path + ".tmp", "wb") as file:
+                file.write(text.encode())
+        for path in texts:
+            os.replace(path + ".tmp", path)
+    except OSError as why:
+        raise SystemExit(f"{out}: cannot be written ({why.strerror}): choose another --out")
+    report += [f"{place}: {reason}" for place, reason in unused]
+    print("\n".join(report + [f"{len(unused)} rows of the source were not used"]))
+
+
+def import_main(arguments):
+    if len(arguments) < 3 or not re.fullmatch("--out=.+", arguments[-1]):
+        raise SystemExit(f'"{" ".join(["import", *arguments])}" is not complete: {IMPORT_USAGE}')
+    import_files(arguments[0], arguments[1:-1], arguments[-1].removeprefix("--out="))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["import"]:
+        raise SystemExit(f"data.py {' '.join(sys.argv[1:])}: {IMPORT_USAGE}")
+    import_main(sys.argv[2:])

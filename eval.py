@@ -7,12 +7,12 @@ Functions here need only the models and the data. What every measurement is made
 model), and in the world `data.World.gold` and `data.label`.
 """
 
+import itertools
 import json
 import math
 import os
 import random
 import statistics
-from dataclasses import dataclass
 
 import torch
 
@@ -114,6 +114,25 @@ def compare_by_labelers(world, labelers, tasks, responses, baseline, seed=0):
     return outcomes
 
 
+def agreement(world, labelers, reward_model, tokenizer, tasks, responses, device):
+    """How often two judges order two samples of one prompt alike, among the pairs that neither ties -> dict of shares:
+    labelers with each other, the reward model with labelers, and (what only a world knows) each with the gold preference."""
+    rng = random.Random(0)
+    agree = {"labelers": [], "reward model": [], "gold and labelers": [], "gold and reward model": []}
+    for task, samples in zip(tasks, responses):
+        texts = [text for text, _ in samples]
+        first, second = ([-r for r in data.label(world, labeler, task, texts, rng)["ranks"]] for labeler in rng.sample(labelers, 2))
+        reward_scores = scores(reward_model, tokenizer, [task["prompt"]] * len(samples), samples, device)
+        gold = [world.gold(task, text)["gold"] for text in texts]
+        judges = {"labelers": (first, second), "reward model": (reward_scores, first),
+                  "gold and labelers": (gold, first), "gold and reward model": (gold, reward_scores)}
+        for name, (a, b) in judges.items():
+            for i, j in itertools.combinations(range(len(texts)), 2):
+                if abs(a[i] - a[j]) > 1e-6 and abs(b[i] - b[j]) > 1e-6:
+                    agree[name].append(float((a[i] > a[j]) == (b[i] > b[j])))
+    return {name: statistics.mean(outcomes or [0.5]) for name, outcomes in agree.items()}
+
+
 def last_table(config, device):
     """GPT, GPT prompted, SFT, PPO initialisation, PPO-ptx (and in the world the imperfect demonstrator) on the test prompts:
     printed, and written to out/table.json. config: that of ppo.py."""
@@ -153,6 +172,11 @@ def last_table(config, device):
         answers["demonstrator", 1.0] = [(text, tokenizer.encode(text) + [tokenizer.eot]) for text in written]
         _, heldout = data.make_labelers(world, config.seed)
 
+        four = respond(policies["SFT"], tokenizer, [p for p in prompts[:300] for _ in range(4)], size, 1.0, 2, device)
+        groups = [four[i : i + 4] for i in range(0, len(four), 4)]
+        agree = agreement(world, heldout, reward_model, tokenizer, tasks[:300], groups, device)
+        print("agreement on pairs of SFT samples (held-out labelers): " + "  ".join(f"{name} {share:.3f}" for name, share in agree.items()))
+
     order = ["GPT", "GPT prompted", "SFT", "PPO init", last, "demonstrator"]
     table = []
     for name, temperature in sorted(answers, key=lambda key: (-key[1], order.index(key[0]))):
@@ -188,7 +212,7 @@ def last_table(config, device):
     if config.scale == "tiny":
         print("\nscale tiny: a test of the plumbing, the numbers above mean nothing")
     with open(os.path.join(config.out, "table.json"), "w") as file:
-        json.dump(dict(table=table, prompts=len(prompts), sft_epoch=epoch, samples=samples), file, indent=1)
+        json.dump(dict(table=table, prompts=len(prompts), sft_epoch=epoch, agreement=agree if world else None, samples=samples), file, indent=1)
     return table
 
 
@@ -199,3 +223,9 @@ def print_table(table):
         cells = [row.get(c, "") for c in columns]
         cells = [f"{v:.3f}" if isinstance(v, float) and c != "T" else f"{v:g}" if c == "T" else v for c, v in zip(columns, cells)]
         print("  ".join(f"{v:>{max(len(c), 6)}}" if c != "model" else f"{v:14}" for c, v in zip(columns, cells)))
+
+
+if __name__ == "__main__":
+    import ppo  # only here: ppo.py itself uses this file for its last table
+
+    model.run(ppo.main, ppo.Config, ppo.SCALES)  # trains what is missing and prints the table

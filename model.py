@@ -29,6 +29,10 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+# Adam's moments of words that never occur shrink towards 0; on a CPU arithmetic on denormal numbers is up to 100 times
+# slower, and after some 1,700 steps most of a step was that
+torch.set_flush_denormal(True)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # GPT
 
@@ -164,14 +168,20 @@ class GPT(nn.Module):
         """GPT-2 weights from a folder in the Hugging Face layout (config.json beside model.safetensors or
         pytorch_model.bin, both read without executing code), or by name through transformers, if that is installed."""
         if os.path.isdir(name_or_folder):
-            raw_config, weights = _read_hf_folder(name_or_folder)
+            try:
+                raw_config, weights = _read_hf_folder(name_or_folder)
+            except Exception as problem:  # a missing or damaged file fails in many ways
+                raise SystemExit(f"{name_or_folder} is damaged or is not a GPT-2 folder: {problem}") from None
         else:
             raw_config, weights = _fetch_hf(name_or_folder)
-        expected = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5)
+        expected = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+                        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
         for key, value in expected.items():
             if raw_config.get(key, value) != value:
                 raise SystemExit(f"{name_or_folder}: {key} is {raw_config[key]!r}, this GPT needs {value!r}: use GPT-2 weights")
         names = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+        for key in names.values():
+            check(key in raw_config, f"{name_or_folder}: config.json has no {key}: is this a GPT-2 checkpoint?")
         gpt = cls(GPTConfig(**{ours: raw_config[theirs] for ours, theirs in names.items()}))
         ours = gpt.state_dict()
         weights = {"transformer." + k.removeprefix("transformer."): w for k, w in weights.items() if k != "lm_head.weight"}
@@ -180,7 +190,9 @@ class GPT(nn.Module):
                 raise SystemExit(f"{name_or_folder}: weight {key} is missing: is this a GPT-2 checkpoint?")
             # GPT-2's Conv1D keeps its matrices (in, out); nn.Linear keeps (out, in)
             is_conv = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-            ours[key].copy_(weights[key].t() if is_conv else weights[key])
+            weight = weights[key].t() if is_conv else weights[key]
+            check(weight.shape == ours[key].shape, f"{name_or_folder}: {key} is {tuple(weight.shape)}, config.json says {tuple(ours[key].shape)}")
+            ours[key].copy_(weight)
         return gpt
 
 
@@ -401,7 +413,7 @@ def configure(Config, scales, argv):
             raise SystemExit(f"unknown flag {argument}: did you mean {', '.join('--' + n for n in near)}?")
         if "=" not in argument and kinds[name] is not bool:
             raise SystemExit(f"--{name} needs a value: write --{name}=VALUE")
-        flags[name] = convert(name, text or "true", kinds[name])
+        flags[name] = convert(name, text if "=" in argument else "true", kinds[name])
     scale = flags.get("scale") or ("gpu" if torch.cuda.is_available() else "cpu")
     if scale not in scales:
         raise SystemExit(f"--scale={scale} is unknown: choose one of {', '.join(scales)}")

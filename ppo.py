@@ -20,8 +20,6 @@ Differs from the paper in:
 """
 
 import copy
-import itertools
-import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -56,7 +54,7 @@ class Config:
     # rollouts
     episodes: int = 10_240  # responses in all (paper: 256k)
     rollout_size: int = 128  # responses per iteration (paper: 512)
-    max_new_tokens: int = 32  # (paper: 1k)
+    max_new_tokens: int = 28  # (paper: 1k)
     temperature: float = 1.0  # as the paper
 
     # reward
@@ -65,6 +63,7 @@ class Config:
 
     # ppo
     minibatch_size: int = 16  # responses per optimizer step: 8 minibatches to a rollout (paper: 64)
+    microbatch_size: int = 8  # responses per forward: memory and speed only
     ppo_epochs: int = 1  # passes over a rollout, as the paper
     gamma: float = 1.0  # no discount, as the paper
     lam: float = 0.95  # GAE lambda; not in the paper, 0.95 in its predecessors and successors
@@ -185,10 +184,22 @@ def update_ema(ema, gpt, decay):
 # one iteration
 
 
+def by_length(function, tokens, lengths, mask, size):
+    """function(tokens (b, T), mask (b, T-1)) -> (b, T-1), on `size` rows of similar length at a time, each piece cut to
+    its longest row: the numbers of one padded batch (B, T-1), twice as quickly and in less memory."""
+    order, results = lengths.argsort(), []
+    for rows in order.split(size):
+        T = int(lengths[rows].max())
+        result = function(tokens[rows, :T], mask[rows, : T - 1])
+        results.append(F.pad(result, (0, tokens.size(1) - T)))
+    return torch.cat(results)[order.argsort()]
+
+
 @torch.no_grad()
 def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, generator, gold=None):
     """Sample a response to each prompt and judge it. prompts: list of lists of ids. -> dict of tensors on (B, T-1) or (B,)."""
     device = policy.lm_head.weight.device
+    size = 4 * config.microbatch_size  # rows at a time: without gradients four times as many fit
     started = time.monotonic()
     with model.autocast(device):
         # 1. sample; eot is an action like any other, what would follow it is never made
@@ -197,13 +208,17 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         mask = model.response_mask(prompt_lengths, lengths, tokens.size(1))
         # 2. score prompt and response at the last token; a response that did not end loses a constant
-        scores = gold(tokens, prompt_lengths, lengths) if gold else reward.score(reward_model, tokens, lengths).float()
+        last = torch.arange(1, tokens.size(1), device=device) == lengths[:, None] - 1  # (B, T-1): the last action
+        judged = by_length(lambda t, m: reward_model(t)[:, 1:].float(), tokens, lengths, mask, size)  # after each action
+        scores = gold(tokens, prompt_lengths, lengths) if gold else (judged * last).sum(1)  # (B,)
         ended = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == tokenizer.eot
         penalised = scores - config.eot_penalty * ~ended
         # 3. log-probabilities in the numerics of the update, so that its first ratio is 1; reference; values before each action
-        logprobs = model.masked_logprobs(policy, tokens, mask, config.temperature)
-        ref_logprobs = model.masked_logprobs(ref, tokens, mask, config.temperature)
-        values = value_model(tokens)[:, :-1].float() * mask
+        logprobs, ref_logprobs = (
+            by_length(lambda t, m: model.masked_logprobs(gpt, t, m, config.temperature), tokens, lengths, mask, size)
+            for gpt in (policy, ref)
+        )
+        values = by_length(lambda t, m: value_model(t)[:, :-1].float() * m, tokens, lengths, mask, size)
     # 4. the reward of each token
     rewards = kl_shaped_rewards(penalised, logprobs, ref_logprobs, mask, config.beta)
     # 5. advantages and returns, then whitening: returns keep the scale of the rewards
@@ -216,16 +231,9 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
     )
 
 
-def cut(batch, rows):
-    """Rows of a rollout, cut to the longest of them: padding is not computed."""
-    T = int(batch["lengths"][rows].max())
-    names = ("mask", "logprobs", "values", "advantages", "returns")
-    return batch["tokens"][rows, :T], *(batch[name][rows, : T - 1] for name in names)
-
-
 def print_samples(tokenizer, batch, count=2):
     """The first responses of a rollout in full, with score and kl: chosen by index, not by taste."""
-    for i in range(count):
+    for i in range(min(count, len(batch["tokens"]))):
         start, end = int(batch["prompt_lengths"][i]), int(batch["lengths"][i])
         ids = batch["tokens"][i].tolist()
         kl = float((batch["logprobs"][i] - batch["ref_logprobs"][i]).sum())
@@ -249,6 +257,9 @@ def main(config):
           f"--rollout_size={config.rollout_size} is not a multiple of --minibatch_size={config.minibatch_size}: change one of them")
     check(config.episodes >= config.rollout_size, f"--episodes={config.episodes} is less than one rollout of {config.rollout_size}: raise it")
     check(config.reward != "gold" or not config.data, "--reward=gold needs the miniature world: leave out --data")
+    for name in ("base", "sft", "ppo_init", "reward"):  # before anything trains
+        given = getattr(config, name)
+        check(not given.endswith(".pt") or os.path.exists(given), f"{given} not found: correct --{name}, or leave it out to have it trained")
     ensure(config)
     device = model.get_device(config.device)
     path, settings = os.path.join(config.out, "ppo.pt"), asdict(config)
@@ -308,7 +319,7 @@ def main(config):
             passes = [rng.permutation(config.rollout_size) for _ in range(config.ppo_epochs)]
             minibatches = np.concatenate(passes).reshape(-1, config.minibatch_size)
             ptx = [data.document_batch(data.draw(documents, config.ptx_ratio * config.minibatch_size, rng)) if config.ptx_coef else None for _ in minibatches]
-            stats = [update(policy, value_model, ema, optimizer, value_optimizer, cut(batch, torch.from_numpy(rows_of)), ptx_batch, factor, config)
+            stats = [update(policy, value_model, ema, optimizer, value_optimizer, {name: x[torch.from_numpy(rows_of).to(device)] for name, x in batch.items() if torch.is_tensor(x)}, ptx_batch, factor, config)
                      for rows_of, ptx_batch in zip(minibatches, ptx)]
             model.check_finite(sum(s["policy_loss"] + s["value_loss"] + s["ptx_loss"] for s in stats), iteration, path)
 
@@ -333,12 +344,12 @@ def main(config):
 
 def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_batch, factor, config):
     """One minibatch: gradients of the PPO and of the pretraining term add up, then one step (App. C.4) -> dict of numbers."""
-    tokens, mask, logprobs, values, advantages, returns = minibatch
-    device = tokens.device
+    tokens, lengths, mask, logprobs = (minibatch[name] for name in ("tokens", "lengths", "mask", "logprobs"))
+    device, size = tokens.device, config.microbatch_size
     # policy: eq. 2, first term
     with model.autocast(device):
-        new_logprobs = model.masked_logprobs(policy, tokens, mask, config.temperature)
-    loss, clipfrac = policy_loss(new_logprobs, logprobs, advantages, mask, config.cliprange)
+        new_logprobs = by_length(lambda t, m: model.masked_logprobs(policy, t, m, config.temperature), tokens, lengths, mask, size)
+    loss, clipfrac = policy_loss(new_logprobs, logprobs, minibatch["advantages"], mask, config.cliprange)
     loss.backward()
     # policy: eq. 2, second term, into the same gradients
     ptx_loss = torch.zeros(())
@@ -350,8 +361,8 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     update_ema(ema, policy, config.ema)
     # value: its own network, its own step
     with model.autocast(device):
-        new_values = value_model(tokens)[:, :-1]
-    v_loss = value_loss(new_values.float(), values, returns, mask, config.cliprange_value)
+        new_values = by_length(lambda t, m: value_model(t)[:, :-1].float(), tokens, lengths, mask, size)
+    v_loss = value_loss(new_values, minibatch["values"], minibatch["returns"], mask, config.cliprange_value)
     v_loss.backward()
     model.optimizer_step(value_optimizer, value_model, config.value_lr * factor, config.grad_clip)
 

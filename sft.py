@@ -48,12 +48,12 @@ class Config:
     n_embd: int = 128
 
     # pretraining
-    base_steps: int = 2000
-    base_batch: int = 36  # documents a step (about 1000 tokens: many small steps teach sooner than few large ones)
+    base_steps: int = 2400
+    base_tokens: int = 1000  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few large ones
     base_length: int = 128  # tokens; longer documents are cut into pieces
     base_lr: float = 2e-3  # peak, cosine to 10% (GPT-3 1.3B: 2.0e-4)
     base_weight_decay: float = 0.1
-    primer_share: float = 0.17  # of the steps: the first ones see roll-calls only; 0 for none
+    primer_share: float = 0.1  # of the steps: the first ones see roll-calls only; 0 for none
 
     # the supervised baseline
     sft_epochs: int = 16  # as the paper
@@ -63,7 +63,7 @@ class Config:
     train_on_prompts: bool = False
 
     # the start of PPO
-    ppo_init_epochs: int = 2  # as the paper
+    ppo_init_epochs: int = 8  # (paper: 2, of 50 times the demonstrations)
     ppo_init_lr: float = 1e-3  # (paper: 5e-6 for 1.3B)
     pretrain_share: float = 0.1  # of the rows of a batch, as the paper
 
@@ -76,7 +76,7 @@ class Config:
 SCALES = dict(
     tiny=dict(vocab_size=512, n_layer=2, n_embd=32, base_steps=60, sft_epochs=4, log_every=20, save_seconds=5.0),
     cpu=dict(),
-    gpu=dict(n_layer=6, n_head=6, n_embd=384, base_steps=12_000, base_batch=64, base_lr=1e-3, sft_batch=32),
+    gpu=dict(n_layer=6, n_head=6, n_embd=384, base_steps=12_000, base_tokens=16_000, base_lr=1e-3, sft_batch=32),
     gpt2=dict(encoding="gpt2", base="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, sft_batch=32,
               sft_lr=1e-5, ppo_init_lr=5e-6, primer_share=0.0),
 )
@@ -134,13 +134,13 @@ def train(gpt, path, settings, tokenizer, steps, batch_at, lr, evaluate, config,
             gpt.train()
             with model.autocast(device):
                 loss = lm_loss(gpt, tokens, mask)
+            model.check_finite(loss.item(), step, path)
             loss.backward()
             model.optimizer_step(optimizer, gpt, lr * model.cosine(step, steps), config.grad_clip)
             seen += int(mask.sum())
             # 3. log and save
             bar.update()
             if step % config.log_every == 0 or step == steps or step in keep:
-                model.check_finite(loss.item(), step, path)
                 seconds = time.monotonic() - started
                 log.write(dict(step=step, loss=loss.item(), **evaluate(), seconds=seconds, tokens_s=seen / seconds))
             if step in keep:
@@ -159,7 +159,6 @@ def settings_of(config, stage):
 
 def main(config):
     model.check_values(config)
-    device = model.get_device(config.device)
     datasets = data.load(config.data, config.scale, config.seed)
     paths = {name: os.path.join(config.out, f"{name}.pt") for name in ("base", "sft", "ppo_init")}
 
@@ -226,8 +225,9 @@ def pretrain(path, datasets, config):
     documents, primer, valid = (data.encode_documents(tokenizer, datasets[name], config.base_length)
                                 for name in ("pretrain", "primer", "pretrain_valid"))
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0
-    order = data.bucketed([len(document) for document in documents], config.base_batch, config.seed, config.base_steps - primer_steps)
-    primer_order = data.bucketed([len(document) for document in primer], config.base_batch, config.seed, primer_steps)
+    rows = max(1, config.base_tokens * len(documents) // sum(map(len, documents)))  # documents a step
+    order = data.bucketed(list(map(len, documents)), rows, config.seed, config.base_steps - primer_steps)
+    primer_order = data.bucketed(list(map(len, primer)), rows, config.seed, primer_steps)
     valid_batches = [data.document_batch(valid[i : i + 64]) for i in range(0, min(512, len(valid)), 64)]
 
     def batch_at(step, rng):

@@ -1,0 +1,371 @@
+"""Dataset files and importers. INSTRUCTGPT_TEST_DATA names the folder of real data; without it those tests skip."""
+
+import gzip
+import json
+import os
+import random
+import re
+from collections import Counter
+
+import pytest
+
+import data
+from data import FORMATS, Tokenizer, import_files, import_main, import_rows, join, read_folder, read_jsonl, split_by_user
+
+DATA = os.environ.get("INSTRUCTGPT_TEST_DATA")
+real = pytest.mark.skipif(not DATA, reason="INSTRUCTGPT_TEST_DATA is unset: no real data")
+TEXTS = ["the cat sat on the mat, didn't it?\nthe dog sat too.\n\n  'the end' in 2024!", "a fox and a hen\n\ta hen"]
+CHOICE = {"prompt": "p\n", "responses": ["a", "b"], "ranks": [1, 2]}
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return Tokenizer.train(TEXTS, 600)
+
+
+def write(path, rows):
+    """rows: dicts, or lines as they shall stand."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    raw = "".join(line + "\n" for line in lines).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw) if path.name.endswith(".gz") else raw)
+    return str(path)
+
+
+def fails(call, *arguments):
+    """-> the one line of the SystemExit that the call must raise."""
+    with pytest.raises(SystemExit) as error:
+        call(*arguments)
+    assert str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def imported(tmp_path, format, rows, name="source.jsonl"):
+    """-> files, places of the unused rows (lines, or in an array "row 3")."""
+    made, unused = import_rows(format, [write(tmp_path / name, rows)])
+    return made, [place.rpartition(":")[2] for place, _ in unused]
+
+
+def ranking(row):
+    return dict(zip(row["responses"], row["ranks"]))
+
+
+@pytest.mark.parametrize("text", [
+    *TEXTS, "", " ", "\n", "\n\n  x", "two  spaces", "end ", "tab\t\r\n  y", "a<|endoftext|>b",
+    "\u00e9\u0301\u00b2_\u203f\x1c\x85\u2028 \u65e5\u672c\u8a9e \U0001f98a", "it's 'the' don't -- _a_ 3.14"])
+def test_bpe_round_trip_is_lossless(bpe, text):
+    assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.encode_batch([text, text]) == [bpe.encode(text)] * 2
+
+
+def test_random_unicode_round_trip(bpe):
+    rng = random.Random(0)
+    for _ in range(300):
+        text = "x".join(chr(rng.choice([10, rng.randrange(0xD7FF), rng.randrange(0xE000, 0x20000)])) for _ in range(30))
+        assert bpe.decode(bpe.encode(text)) == text
+    assert bpe.encode(" cat\n dog") == bpe.encode("cat\ndog")  # one leading space of a line is not significant
+
+
+def test_a_word_is_one_id_wherever_it_stands(bpe):
+    [cat] = bpe.encode("cat")
+    for text in ("the cat", "cat, dog", "a hen\ncat\n", "(a cat)", "\n\ncat", "fox cat."):
+        assert bpe.encode(text).count(cat) == 1, text
+    assert all(len(bpe.encode(word)) == 1 for word in "the cat sat on mat dog fox and hen".split())
+    assert bpe.encode("the")[0] in bpe.encode("say\n the 'cat'")
+
+
+def test_merges_are_the_most_frequent_pairs_counted_anew_each_time():
+    # " ab" x2 (one at the start) and " b": pairs " a" 2, "ab" 2, " b" 1; of a tie the smaller bytes
+    assert Tokenizer.train(["ab ab b"], 600).tokens[256:] == [b" a", b" ab", b" b"]  # stops when none is left
+    rng = random.Random(1)
+    counts = {"".join(rng.choice("abc") for _ in range(rng.randint(1, 9))): rng.randint(1, 50) for _ in range(60)}
+    words = {w: [bytes([b]) for b in w.encode()] for w in counts}
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < 330:
+        pairs = Counter()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += counts[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        tokens += [best[0] + best[1]] * (best[0] + best[1] not in tokens)
+        for parts in words.values():
+            for i in range(len(parts)):
+                if tuple(parts[i : i + 2]) == best:
+                    parts[i : i + 2] = [best[0] + best[1]]
+    assert data.train_bpe(counts, 330) == tokens
+
+
+def test_eot_unknown_ids_state_and_errors(bpe, monkeypatch):
+    assert bpe.eot == bpe.n_vocab - 1 and bpe.decode([bpe.eot]) == "<|endoftext|>"
+    assert bpe.eot not in bpe.encode("a <|endoftext|> b\n<|endoftext|>")
+    assert bpe.decode([10**6, -1, *bpe.encode("x")]) == "\ufffd\ufffd x"
+    assert Tokenizer.from_state(bpe.state()) == bpe != Tokenizer.train(TEXTS, 270)
+    assert "257" in fails(Tokenizer.train, TEXTS, 100) and "bpe" in fails(Tokenizer.load, "gtp2")
+    monkeypatch.setattr("tiktoken.get_encoding", None)  # as if offline
+    assert "TIKTOKEN_CACHE_DIR" in fails(Tokenizer.load, "gpt2")
+
+
+def test_jsonl_is_read_plain_and_packed(tmp_path):
+    row = {"prompt": "line\u2028separator \u00e9"}
+    raw = ("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n\n{}").encode()  # BOM, CRLF, no last newline
+    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
+    plain.write_bytes(raw)
+    packed.write_bytes(gzip.compress(raw))
+    assert read_jsonl(str(plain)) == read_jsonl(str(packed)) == [row, {}]
+    for broken in (b"no gzip", gzip.compress(raw * 99)[:-20]):
+        packed.write_bytes(broken)
+        assert str(packed) in fails(read_jsonl, str(packed))
+    assert "nowhere" in fails(read_jsonl, str(tmp_path / "nowhere.jsonl"))
+
+
+@pytest.mark.parametrize("line", ['{"a": 1', "[1]", '"text"', "3", "nonsense", "[" * 100000, b'{"a": "\xe9"}'])
+def test_malformed_row_names_file_and_line(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{}\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    assert fails(read_jsonl, str(path)).startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize("name, change, word", [
+    ("demonstrations", {"response": None}, '"response"'), ("demonstrations", {"response": "\ud800"}, "surrogate"),
+    ("prompts", {"prompt": 3}, "must be text"), ("prompts", {"prompt": " \n"}, "empty"), ("prompts", {"user": ["x"]}, '"user"'),
+    ("comparisons", {"responses": "ab"}, '"responses"'), ("comparisons", {"responses": ["a"]}, "two or more"),
+    ("comparisons", {"responses": ["a", ""]}, "empty"), ("comparisons", {"ranks": None}, '"ranks"'),
+    ("comparisons", {"ranks": [1, 2, 3]}, "3 ranks"), ("comparisons", {"ranks": [0, 1]}, "whole numbers"),
+    ("comparisons", {"ranks": [True, 2]}, "true"), ("comparisons", {"ranks": ["1", 2]}, '"1"')])
+def test_bad_rows_of_a_folder_name_file_and_line(tmp_path, name, change, word):
+    good = {"prompt": "p", "response": "r", **CHOICE}
+    write(tmp_path / "comparisons.jsonl", [good])
+    path = write(tmp_path / f"{name}.jsonl", [good, {**good, **change}])
+    message = fails(read_folder, str(tmp_path))
+    assert message.startswith(f"{path}:2: ") and word in message
+
+
+def test_folder_errors(tmp_path):
+    assert "nowhere" in fails(read_folder, str(tmp_path / "nowhere"))
+    assert "comparisons.jsonl" in fails(read_folder, str(tmp_path))
+    write(tmp_path / "comparisons.jsonl", [{**CHOICE, "ranks": [1, 1]}] * 3)
+    assert "tied" in fails(read_folder, str(tmp_path))
+    write(tmp_path / "pretrain.txt", ["<|endoftext|>"])
+    assert "pretrain.txt is empty" in fails(read_folder, str(tmp_path))
+
+
+def test_complete_folder_is_read_as_it_stands_but_for_the_join_rule(tmp_path, capsys):
+    demonstrations = [{"prompt": p, "response": r, "user": 7} for p, r in (("a", "b"), ("a\n", "b"), ("a", " b"))]
+    comparisons, prompts = [{**CHOICE, "ranks": [1, 1]}, CHOICE], [{"prompt": "q", "category": "qa"}]  # a tie is legal
+    write(tmp_path / "pretrain.txt", ["one", "", "two", "<|endoftext|>", " three <|endoftext|>"])
+    write(tmp_path / "demonstrations.jsonl.gz", demonstrations)
+    write(tmp_path / "comparisons.jsonl", comparisons)
+    write(tmp_path / "prompts.jsonl", prompts)
+    folder = read_folder(str(tmp_path))
+    assert [row.pop("response") for row in folder["demonstrations"]] == ["\nb", "b", " b"]
+    assert folder["pretrain"] == ["one\n\ntwo", " three <|endoftext|>"]
+    assert (folder["comparisons"], folder["prompts"]) == (comparisons, prompts) and capsys.readouterr().out == ""
+
+
+def test_what_is_missing_is_made_from_comparisons(tmp_path, capsys):
+    write(tmp_path / "comparisons.jsonl", [{"prompt": "p", "responses": ["a", " b", "c"], "ranks": [3, 1, 1], "user": "u"}])
+    folder = read_folder(str(tmp_path))
+    assert folder["demonstrations"] == [{"prompt": "p", "response": " b", "user": "u"}]
+    assert folder["prompts"] == [{"prompt": "p", "user": "u"}] and set(folder["pretrain"]) == {"p\na", "p b", "p\nc"}
+    assert re.findall("has no (.*?):", capsys.readouterr().out) == ["demonstrations", "pretraining text", "prompts"]
+
+
+def test_split_keeps_users_whole():
+    rng = random.Random(0)
+    rows = [{"prompt": i} | ({"user": rng.randrange(20)} if i % 3 else {}) for i in range(300)]
+    parts = split_by_user(rows, (0.8, 0.1, 0.1), seed=1)
+    assert sorted(row["prompt"] for part in parts for row in part) == list(range(300))
+    users = [user for part in parts for user in {row["user"] for row in part if "user" in row}]
+    assert len(users) == len(set(users)) == 20 and all(abs(len(p) - n) < 15 for p, n in zip(parts, (240, 30, 30)))
+    assert split_by_user(rows, (0.8, 0.1, 0.1), seed=1) == parts != split_by_user(rows, (0.8, 0.1, 0.1), seed=2)
+
+
+def test_hh_dialogues_part_at_a_turn(tmp_path):
+    start = "\n\nHuman: hi\n\nAssistant:"
+    same = start + " Sure, yes.\n\nHuman: go on\n\nAssistant:"
+    made, unused = imported(tmp_path, "hh-rlhf", [
+        {"chosen": same + " Sure, A", "rejected": same + " Sure, B"},  # shared words, own replies
+        {"chosen": start + " x\n\nHuman: y\n\nAssistant: z", "rejected": start + " w"},
+        {"chosen": same + " ", "rejected": same + " B"},  # an empty reply
+        {"chosen": "\n\nHuman: other\n\nAssistant: a", "rejected": start + " b"},
+        {"chosen": start + " a", "rejected": start + " a"}, {"chosen": start + " a"}])
+    first, second = made["comparisons.jsonl"]
+    assert first["prompt"] == same.lstrip() and ranking(first) == {" Sure, A": 1, " Sure, B": 2}
+    assert second["prompt"] == start.lstrip() and ranking(second) == {" x\n\nHuman: y\n\nAssistant: z": 1, " w": 2}
+    assert unused == ["3", "4", "5", "6"] and "demonstrations.jsonl" not in made  # a model wrote these replies
+    assert made["prompts.jsonl"] == [{"prompt": first["prompt"]}, {"prompt": second["prompt"]}]
+    assert made["pretrain.txt"][0] == (same + " Sure, A").lstrip()
+
+
+def test_oasst_ranks_demonstrations_and_dialogues(tmp_path):
+    def message(text, role="assistant", replies=(), **more):
+        return {"text": text, "role": role, "replies": list(replies), **more}
+    follow = message("and?", "prompter", [message("only", synthetic=True)])
+    tree = {"message_tree_id": "t1", "prompt": message("q", "prompter", [
+        message("good", rank=0), message("fair", rank=1, replies=[follow]), message("poor", rank=2), message("unranked")])}
+    made, unused = imported(tmp_path, "oasst", [tree, '"lone prompt"', {"x": 1}])
+    [group], prompt = made["comparisons.jsonl"], "Human: q\n\nAssistant:"
+    assert group["user"] == "t1" and ranking(group) == {" good": 1, " fair": 2, " poor": 3}
+    assert made["demonstrations.jsonl"] == [{"prompt": prompt, "response": " good", "user": "t1"}]
+    assert [row["prompt"] for row in made["prompts.jsonl"]] == [
+        prompt, prompt + " fair\n\nHuman: and?\n\nAssistant:", "Human: lone prompt\n\nAssistant:"]
+    assert unused == ["3"]
+
+
+def test_pandalm_groups_are_ranked_by_pairs_won(tmp_path):
+    # A beats B, C, D, E (4 wins); B beats C, D (2); E beats B, C (2); C ties D; D beats E (1); C: 0
+    results = ["AB1", "CA2", "AD1", "AE1", "BC1", "BD1", "CD0", "BE2", "CE2", "DE1"]
+    rows = [{"instruction": "do", "input": "it", "response1": r[0], "response2": r[1],
+             "annotator1": int(r[2]), "annotator2": int(r[2]), "annotator3": 0} for r in results]
+    split = {**rows[0], "instruction": "other", "annotator1": 1, "annotator2": 2}  # 1, 2, 0: a tie
+    bad = [{**rows[0], **change} for change in ({"response1": True}, {"response2": ""}, {"response2": "A"}, {"annotator1": 3})]
+    made, unused = imported(tmp_path, "pandalm", [json.dumps(rows + [split] + bad, indent=1)], "a.json")
+    group, tie = made["comparisons.jsonl"]
+    assert group["prompt"] == "do\nit" and ranking(group) == {"A": 1, "B": 2, "E": 2, "D": 4, "C": 5}
+    assert tie["ranks"] == [1, 1] and unused == [f"row {i}" for i in range(12, 16)]
+
+
+@pytest.mark.parametrize("format, row", [
+    ("alpaca", {"instruction": "add", "input": "1 2", "output": "3"}),
+    ("self-instruct", {"instruction": "add", "instances": [{"input": "1 2", "output": "3"}]}),
+    ("dolly", {"instruction": "add", "context": "1 2", "response": "3", "category": "qa"}),
+    ("dolly", {"instruction": "add\n1 2", "text": "3", "decoded": "machine text"}),
+    ("dolly", {"prompt": "Below ..\n\n### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:", "answer": "3###eos_token###"})])
+def test_instruction_formats_write_the_same_prompt(tmp_path, format, row):
+    made, unused = imported(tmp_path, format, [row, {"instruction": "add"}])
+    category = {"category": "qa"} if "category" in row else {}
+    assert made["demonstrations.jsonl"] == [{"prompt": "add\n1 2", "response": "3", **category}]
+    assert made["prompts.jsonl"] == [{"prompt": "add\n1 2", **category}]
+    assert made["pretrain.txt"] == ["add\n1 2\n3"] and unused == ["2"]
+
+
+def test_best_response_does_not_always_come_first(tmp_path):
+    rows = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(200)]
+    made, _ = imported(tmp_path, "pairs", rows)
+    assert all(ranking(row) == {"good": 1, "bad": 2} for row in made["comparisons.jsonl"])
+    assert 70 < sum(row["responses"][0] == "good" for row in made["comparisons.jsonl"]) < 130
+    assert imported(tmp_path, "pairs", rows)[0] == made  # and the shuffle is deterministic
+
+
+def reviews(n):
+    rng, words = random.Random(0), "the film was good bad long dull bright tale of love and war".split()
+    texts = [f"no{i}<br />" + " ".join(rng.choice(words) for _ in range(rng.randint(5, 90))) for i in range(n)]
+    return [{"text": text, "rating": 1 + i % 10} for i, text in enumerate(texts)]
+
+
+def test_reviews_stand_in_one_part_only(tmp_path):
+    made, unused = imported(tmp_path, "imdb", [*reviews(400), {"text": "<br />", "rating": 1}, {"text": "a b"}])
+    assert unused == ["401", "402"] and "<br" not in json.dumps(made)
+    numbers = {name: [int(re.search(r"no(\d+) ", str(row))[1]) for row in rows] for name, rows in made.items()}
+    compared = [re.match(r" no(\d+)", r)[1] for row in made["comparisons.jsonl"] for r in row["responses"]]
+    assert {int(number) for number in compared} <= set(numbers["demonstrations.jsonl"])
+    parts = [numbers[name + ".jsonl"] for name in ("demonstrations", "prompts", "heldout", "judge")]
+    assert sorted(sum(parts, [])) == list(range(400)) and all(len(part) > 40 for part in parts)
+    assert sorted(numbers["pretrain.txt"]) == sorted(parts[0] + parts[1])
+    for group in made["comparisons.jsonl"]:
+        stars = [int(re.match(r" no(\d+)", response)[1]) % 10 for response in group["responses"]]
+        assert group["ranks"] == [1 + sum(other > star for other in stars) for star in stars] and len(stars) >= 2
+        assert group["prompt"] == "Review:" and all(len(response.split()) <= 60 for response in group["responses"])
+    sentences = [data.read_rows(write(tmp_path / name, ["", "x"])) for name in ("r.neg", "r.pos")]
+    assert sentences == [[(2, {"text": "x", "rating": rating})] for rating in (0, 1)]
+    few = imported(tmp_path, "imdb", reviews(100))[0]  # a review stays in its part when more are added
+    assert few["judge.jsonl"] == made["judge.jsonl"][: len(few["judge.jsonl"])]
+
+
+@pytest.mark.parametrize("end, length", [(5, 60), (45, 46), (59, 60), (70, 60)])
+def test_a_review_is_cut_where_a_sentence_ends_late_enough(end, length):
+    words = [f"w{i}" + '."' * (i == end) for i in range(100)]
+    [(_, (_, cut, _))] = data.import_review({"text": " ".join(words), "rating": 1})
+    assert cut == words[:length]
+
+
+def test_importing_again_adds_and_never_repeats(tmp_path, capsys):
+    out = tmp_path / "out"
+    write(out / "comparisons.jsonl.gz", [CHOICE])  # a packed file is added to
+    one = write(tmp_path / "1.jsonl", [PAIR, {"x": 1}])
+    import_files("pairs", [one], str(out))
+    printed = capsys.readouterr().out
+    assert f"{one}:2: " in printed and f"{out}/comparisons.jsonl.gz: 2 rows, 1 of them new" in printed
+    import_files("alpaca", [write(tmp_path / "2.jsonl", [{"instruction": "i", "output": "o"}])], str(out))
+    assert sorted(os.listdir(out)) == ["comparisons.jsonl.gz", "demonstrations.jsonl", "pretrain.txt", "prompts.jsonl"]
+    folder = read_folder(str(out))
+    assert [row["prompt"] for row in folder["prompts"]] == ["p", "i"] and folder["pretrain"] == ["p\na", "i\no"]
+    import_files("pairs", [one], str(out))
+    assert "2 rows, 0 of them new" in capsys.readouterr().out and read_folder(str(out)) == folder
+
+
+def test_a_failed_import_changes_nothing(tmp_path):
+    path, out = write(tmp_path / "out" / "prompts.jsonl", [{"prompt": "mine"}]), str(tmp_path / "out")
+    one, bad = write(tmp_path / "1.jsonl", [PAIR]), write(tmp_path / "2.jsonl", [PAIR, "{"])
+    assert fails(import_files, "pairs", [bad], out).startswith(f"{bad}:2: ")
+    assert fails(import_files, "alpaca", [one], out).startswith(f"{one}:1: ")
+    assert "--out" in fails(import_files, "pairs", [one], one)  # out is a file
+    assert os.listdir(out) == ["prompts.jsonl"] and read_jsonl(path) == [{"prompt": "mine"}]
+
+
+def test_command_line(tmp_path):
+    one, out = write(tmp_path / "1.jsonl", [PAIR]), f"--out={tmp_path / 'out'}"
+    for arguments, word in [([], "import FORMAT"), (["hh", one, out], '"hh"'), (["pairs", out], "FILE"),
+                            (["pairs", one], "--out=DIR"), (["pairs", one, "--out="], "--out=DIR"), (["pairs", one, out, "--x=1"], "--x=1")]:
+        message = fails(import_main, arguments)
+        assert word in message and all(format in message for format in FORMATS)
+    assert "1.jsonlx: " in fails(import_main, ["pairs", one + "x", out]) and not (tmp_path / "out").exists()
+    import_main(["pairs", one, out])
+    assert (tmp_path / "out" / "comparisons.jsonl").exists()
+
+
+def real_rows(format, *names):
+    paths = [os.path.join(DATA, name) for name in names]
+    made, unused = import_rows(format, paths)
+    return [row for path in paths for _, row in data.read_rows(path)], made, [place.split(":")[-1] for place, _ in unused]
+
+
+@real
+def test_real_text(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(DATA, "tiktoken_cache"))
+    path = os.path.join(DATA, "pretrain/tinyshakespeare/input.txt")
+    gpt2, text = Tokenizer.load("gpt2"), data.read_text(path)
+    assert len(gpt2.encode(text)) == 338025 and gpt2.eot == 50256  # the numbers known for this file
+    bpe = Tokenizer.train([text[:100000]], 400)
+    assert bpe.n_vocab == 400 and bpe.decode(bpe.encode(text)) == text and bpe != gpt2 == Tokenizer.from_state(gpt2.state())
+    documents = import_rows("text", [path])[0]["pretrain.txt"]
+    assert [line for d in documents for line in d.split("\n") if line] == [line for line in text.split("\n") if line]
+    assert all(len(d) <= 2000 for d in documents) and len(documents) > 500
+
+
+@real
+def test_real_hh():
+    rows, made, unused = real_rows("hh-rlhf", "comparisons/hh_rlhf/harmless_base_test_first1800.jsonl")
+    assert len(rows) == 1800 and unused == ["87", "517", "926", "1104"]  # the empty replies
+    rows = [row for i, row in enumerate(rows, 1) if str(i) not in unused]
+    for row, group in zip(rows, made["comparisons.jsonl"], strict=True):
+        whole = {"\n\n" + group["prompt"] + response: rank for response, rank in ranking(group).items()}
+        assert whole == {row["chosen"].rstrip(): 1, row["rejected"].rstrip(): 2}
+
+
+@real
+def test_real_oasst_and_pandalm():
+    _, made, unused = real_rows("oasst", "comparisons/oasst_trees/en_tree_first75.jsonl")
+    groups = made["comparisons.jsonl"]
+    # counted by hand in the file: 88 groups of 3, and one of 4 whose last reply has no rank
+    assert Counter(len(g["ranks"]) for g in groups) == {3: 89, 2: 45, 4: 19, 6: 4, 5: 2, 8: 1, 9: 1}
+    assert 0.5 < sum(g["ranks"] != sorted(g["ranks"]) for g in groups) / len(groups) < 0.95  # in the file: 0
+    assert len(made["prompts.jsonl"]) == 350 and not unused
+    rows, made, unused = real_rows("pandalm", "comparisons/pandalm/testset_first755.json")
+    texts = [[row[key] for key in ("instruction", "response1", "response2")] for row in rows]
+    bad = [i for i, t in enumerate(texts, 1) if not all(isinstance(text, str) and text.strip() for text in t)]
+    assert len(bad) == 31 and unused == [f"row {i}" for i in bad]
+
+
+@real
+@pytest.mark.parametrize("format, names, made_of, count", [
+    ("self-instruct", ["sft/self_instruct/seed_tasks.jsonl"], ["demonstrations.jsonl"], 175),
+    ("dolly", ["sft/dolly_human/rows_0000_4799.jsonl", "sft/dolly_prompted/dolly.jsonl"], ["demonstrations.jsonl"], 4951),
+    ("imdb", ["sentiment/imdb/train_2500pos_2500neg.jsonl"], ["pretrain.txt", "heldout.jsonl", "judge.jsonl"], 5000),
+    ("sentence-polarity", [f"sentiment/sentence_polarity/rt-polarity_first4331.{end}" for end in ("neg", "pos")],
+     ["pretrain.txt", "heldout.jsonl", "judge.jsonl"], 8662)])
+def test_real_rows_are_all_used(format, names, made_of, count):
+    rows, made, unused = real_rows(format, *names)
+    assert sum(len(made[name]) for name in made_of) == len(rows) == count and not unused
+    assert not any("###" in row["prompt"] or "###eos" in row["response"] for row in made["demonstrations.jsonl"])
