@@ -40,7 +40,7 @@ import torch
 
 import model
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokenizer
 
 EOT = "<|endoftext|>"
@@ -61,13 +61,16 @@ class Tokenizer:
         if tokens:
             ranks = {token: i for i, token in enumerate(tokens)}
             self.encoding = tiktoken.Encoding(
-                name, pat_str=WORD, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+                name, pat_str=WORD, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
+            )
         else:
             try:
                 self.encoding = tiktoken.get_encoding(name)
             except Exception as why:  # no network, proxy, hash mismatch: tiktoken raises many kinds
-                raise SystemExit(f'no encoding "{name}" ({type(why).__name__}): use bpe, or gpt2, '
-                                 "online or with TIKTOKEN_CACHE_DIR set to a folder holding it")
+                raise SystemExit(
+                    f'no encoding "{name}" ({type(why).__name__}): use bpe, or gpt2, '
+                    "online or with TIKTOKEN_CACHE_DIR set to a folder holding it"
+                )
         self.n_vocab, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         self.unknown = self.encoding.encode_single_token(b"\xff")  # no UTF-8: decoded as U+FFFD
 
@@ -125,11 +128,14 @@ def train_bpe(counts, size):
         for left, right in zip(words[i], words[i][1:]):
             pairs[left + right] += by
             holders[left + right].add(i)
+
     for i, n in enumerate(times):
         count(i, n)
     while len(tokens) < size and (most := max(pairs.values(), default=0)) > 0:
-        best = min((pair for pair, n in pairs.items() if n == most),
-                   key=lambda pair: [tokens[ord(token)] for token in pair])
+        best = min(
+            (pair for pair, n in pairs.items() if n == most),
+            key=lambda pair: [tokens[ord(token)] for token in pair],
+        )
         merged = b"".join(tokens[ord(token)] for token in best)
         if merged not in tokens:  # it may be: "ab" + "c" = "a" + "bc"
             tokens.append(merged)
@@ -140,17 +146,26 @@ def train_bpe(counts, size):
     return tokens
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the miniature world: its content is plain text under assets/world, this is its engine
 
 WORLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "world")
 
 # InstructGPT, Table 1: share of each use case among the prompts, per cent
 CATEGORY_SHARES = dict(
-    generation=45.6, open_qa=12.4, brainstorming=11.2, chat=8.4, rewrite=6.6,
-    summarization=4.2, classification=3.5, other=3.5, closed_qa=2.6, extract=1.9,
+    generation=45.6,
+    open_qa=12.4,
+    brainstorming=11.2,
+    chat=8.4,
+    rewrite=6.6,
+    summarization=4.2,
+    classification=3.5,
+    other=3.5,
+    closed_qa=2.6,
+    extract=1.9,
 )
-# kinds of prompts: anything a labeler thinks of; an instruction with examples; a customer's own use case in the same words
+# kinds of prompts: anything a labeler thinks of; an instruction with examples; a customer's own use
+# case in the same words
 KIND_SHARES = dict(plain=0.6, few_shot=0.08, user_based=0.32)
 FEW_SHOT_CATEGORIES = {"open_qa", "rewrite", "classification", "closed_qa", "extract", "brainstorming"}
 
@@ -166,7 +181,8 @@ def words_of(text):
 
 
 class World:
-    """The content of assets/world, ready to expand. Every text comes from a `random.Random` that the caller passes."""
+    """The content of assets/world, ready to expand. Every text comes from a `random.Random` that the
+    caller passes."""
 
     def __init__(self):
         self.classes, self.rules, self.facts, self.blocks, self.pages = {}, {}, [], [], []
@@ -181,22 +197,35 @@ class World:
             if "{subject}" in second:
                 relation, statement, questions = first, second, third.split(" / ")
                 continue
-            self.facts.append(dict(relation=relation, statement=statement, questions=questions,
-                                   subject=first, truth=second, myth=third))
+            self.facts.append(
+                dict(
+                    relation=relation,
+                    statement=statement,
+                    questions=questions,
+                    subject=first,
+                    truth=second,
+                    myth=third,
+                )
+            )
         for line in content("tasks.txt"):
             if line.startswith("["):
-                self.blocks.append(dict(category=line.strip("[]"), prompts=[], replies=[], demands="", constraints=""))
+                self.blocks.append(
+                    dict(category=line.strip("[]"), prompts=[], replies=[], demands="", constraints="")
+                )
             elif line.startswith("?"):
                 self.blocks[-1]["demands"], _, self.blocks[-1]["constraints"] = line[2:].partition("!")
             else:
-                self.blocks[-1]["prompts" if line.startswith(">") else "replies"].append(line[2:].replace("\\n", "\n"))
+                self.blocks[-1]["prompts" if line.startswith(">") else "replies"].append(
+                    line[2:].replace("\\n", "\n")
+                )
         self.suffixes = [block for block in self.blocks if block["category"] == "constraint"]
         self.by_category = {c: [b for b in self.blocks if b["category"] == c] for c in CATEGORY_SHARES}
         for line in content("pages.txt"):
             share, pattern = line.split(" | ", 1)
             self.pages.append((float(share), pattern.replace("\\n", "\n")))
 
-        # what the gold preference reads: the class of each word, every claim that can be made, every familiar trigram
+        # what the gold preference reads: the class of each word, every claim that can be made,
+        # every familiar trigram
         self.word_class = {w: name for name, words in reversed(self.classes.items()) for w in words}
         self.claims = {}  # sentence -> (subject, relation, is it true)
         for fact in self.facts:
@@ -210,12 +239,19 @@ class World:
 
     def values(self, relation):
         """All values that some fact or myth gives to a relation."""
-        return sorted({v for f in self.facts if f["relation"] == relation for v in (f["truth"], f["myth"]) if v})
+        return sorted(
+            {v for f in self.facts if f["relation"] == relation for v in (f["truth"], f["myth"]) if v}
+        )
 
     def expand(self, pattern, bound, rng):
-        """Fill a pattern: [a|b] choices, {class} words, {rule} lines, {question} and its kin; `bound` keeps what was picked."""
+        """Fill a pattern: [a|b] choices, {class} words, {rule} lines, {question} and its kin; `bound`
+        keeps what was picked."""
         while match := re.search(r"\[([^\[\]]*)\]|\{([a-z_]+)(\d?)\}", pattern):
-            filled = rng.choice(match[1].split("|")) if match[1] is not None else self.fill(match[2], match[3], bound, rng)
+            filled = (
+                rng.choice(match[1].split("|"))
+                if match[1] is not None
+                else self.fill(match[2], match[3], bound, rng)
+            )
             pattern = pattern[: match.start()] + filled + pattern[match.end() :]
         return pattern
 
@@ -244,19 +280,26 @@ class World:
             return "\n".join(t["prompt"] + imperfect(self, t, rng) for t in pairs)
         if name == "rollcall":  # which of these words stand in the text? teaches to look a word up
             return self.rollcall(rng)
-        if name == "form":  # a text and what it speaks of, class by class: teaches to find the word of a kind
+        if (
+            name == "form"
+        ):  # a text and what it speaks of, class by class: teaches to find the word of a kind
             return self.form(rng)
-        raise ValueError(f"assets/world: {{{key}}} is neither a class of words.txt nor a rule of rules.txt")
+        raise ValueError(
+            f"assets/world: {{{key}}} is neither a class of words.txt nor a rule of rules.txt"
+        )
 
     @staticmethod
     def say(fact, value):
         return fact["statement"].format(subject=fact["subject"], value=value)
 
     def ask(self, rng):
-        """A question on a random fact, its answer, what people say (the misconception three times in four), a false premise."""
+        """A question on a random fact, its answer, what people say (the misconception three times in
+        four), a false premise."""
         # half of the questions are on the facts with a misconception, as TruthfulQA's are
         fact = rng.choice([f for f in self.facts if f["myth"]] if rng.random() < 0.5 else self.facts)
-        myth = fact["myth"] or rng.choice([v for v in self.values(fact["relation"]) if v != fact["truth"]])
+        myth = fact["myth"] or rng.choice(
+            [v for v in self.values(fact["relation"]) if v != fact["truth"]]
+        )
         hearsay = myth if fact["myth"] and rng.random() < 0.75 else fact["truth"]
         return dict(
             question=rng.choice(fact["questions"]).format(subject=fact["subject"]),
@@ -269,7 +312,9 @@ class World:
 
     def rollcall(self, rng):
         bound = {}
-        text = self.expand(rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"]), bound, rng)
+        text = self.expand(
+            rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"]), bound, rng
+        )
         calls = []
         for _ in range(6):
             name = rng.choice(["name", "animal", "color", "object", "town"])
@@ -281,26 +326,35 @@ class World:
     def form(self, rng):
         """A text and what it speaks of, kind by kind."""
         bound = {}
-        text = self.expand(rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"]), bound, rng)
-        kinds = [kind for kind in ("name", "animal", "color", "object", "town") if bound.get(kind, "-") in text]
+        text = self.expand(
+            rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"]), bound, rng
+        )
+        kinds = [
+            kind for kind in ("name", "animal", "color", "object", "town") if bound.get(kind, "-") in text
+        ]
         rng.shuffle(kinds)
         entries = ", ".join(f"{kind} {bound[kind]}" for kind in kinds)
         return f"{text} {entries}." if rng.random() < 0.5 else f"{entries}:\n{text}"
 
-    # -- prompts --------------------------------------------------------------------------------------------------
+    # -- prompts ------------------------------------------------------------
 
     def task(self, rng, user=None):
-        """One prompt with all that is known about it: category, kind, user, a perfect reply, the demands on a reply."""
+        """One prompt with all that is known about it: category, kind, user, a perfect reply, the
+        demands on a reply."""
         category = rng.choices(list(CATEGORY_SHARES), CATEGORY_SHARES.values())[0]
         kind = rng.choices(list(KIND_SHARES), KIND_SHARES.values())[0]
         # a customer's use case is always put in the same words
-        wording = random.Random(f"{user} {category}") if kind == "user_based" and user is not None else rng
+        wording = (
+            random.Random(f"{user} {category}") if kind == "user_based" and user is not None else rng
+        )
         block = wording.choice(self.by_category[category])
         pattern = wording.choice(block["prompts"])
         task = self.instance(block, pattern, rng)
         if kind == "few_shot" and category in FEW_SHOT_CATEGORIES:
             shots = [self.instance(block, pattern, rng) for _ in range(rng.randint(1, 2))]
-            task["prompt"] = "".join(shot["prompt"] + shot["reply"] + "\n" for shot in shots) + task["prompt"]
+            task["prompt"] = (
+                "".join(shot["prompt"] + shot["reply"] + "\n" for shot in shots) + task["prompt"]
+            )
         elif kind == "few_shot":
             kind = "plain"
         return dict(task, category=category, kind=kind, user=user)
@@ -308,11 +362,19 @@ class World:
     def instance(self, block, pattern, rng):
         bound = {}
         prompt = self.expand(pattern, bound, rng)
-        slots = [word for key, word in bound.items() if key.rstrip("23456789") in self.classes and word in prompt]
+        slots = [
+            word
+            for key, word in bound.items()
+            if key.rstrip("23456789") in self.classes and word in prompt
+        ]
         reply = self.expand(rng.choice(block["replies"]), bound, rng)
         demands = [f"has {w}" for w in slots] if "slots" in block["demands"] else []
-        demands += [self.expand(d, bound, rng) for d in block["demands"].strip().split("; ") if d != "slots"]
-        constraints = [self.expand(block["constraints"].strip(), bound, rng)] if block["constraints"] else []
+        demands += [
+            self.expand(d, bound, rng) for d in block["demands"].strip().split("; ") if d != "slots"
+        ]
+        constraints = (
+            [self.expand(block["constraints"].strip(), bound, rng)] if block["constraints"] else []
+        )
         if not constraints and prompt[-1] in ".?!" and rng.random() < 0.25:
             suffix = rng.choice(self.suffixes)
             prompt += " " + suffix["prompts"][0]
@@ -321,14 +383,17 @@ class World:
         return dict(
             prompt=prompt if prompt.endswith(":") else prompt + "\n",
             reply=" " + reply if prompt.endswith(":") else reply,
-            demands=[d.strip() for d in demands if d.strip()], constraints=constraints,
-            fact=bound.get("fact"), myth=bound.get("myth"),
+            demands=[d.strip() for d in demands if d.strip()],
+            constraints=constraints,
+            fact=bound.get("fact"),
+            myth=bound.get("myth"),
         )
 
-    # -- the gold preference ----------------------------------------------------------------------------------------
+    # -- the gold preference ------------------------------------------------------------
 
     def shape(self, text):
-        """The trigrams of a text, words of one class taken as one: what the gold preference calls fluent."""
+        """The trigrams of a text, words of one class taken as one: what the gold preference calls
+        fluent."""
         classes = ["<"] + [self.word_class.get(w, w) for w in words_of(text)] + [">"]
         return list(zip(classes, classes[1:], classes[2:]))
 
@@ -344,7 +409,9 @@ class World:
             return text.strip() == rest
         if name in ("glad", "sorrow"):
             other = "sorrow" if name == "glad" else "glad"
-            return any(w in self.classes[name] for w in words) and not any(w in self.classes[other] for w in words)
+            return any(w in self.classes[name] for w in words) and not any(
+                w in self.classes[other] for w in words
+            )
         if name == "count":
             number, kind = rest.split()
             named = [w for w in words if w in self.classes[kind]]
@@ -386,32 +453,48 @@ class World:
             claims=float(bool(claims)),
             rude=float(any(w in self.classes["rude"] for w in words)),
             fluent=sum(t in self.trigrams for t in shape) / len(shape) if words else 0.0,
-            padded=float(len(set(sentences)) < len(sentences) or any(f.rstrip(".") in text for f in self.rules["filler"])),
+            padded=float(
+                len(set(sentences)) < len(sentences)
+                or any(f.rstrip(".") in text for f in self.rules["filler"])
+            ),
         )
         parts["gold"] = (
-            4 * parts["follows"] * parts["fluent"] + parts["fluent"]
-            - 1.0 * (parts["constraint"] == 0) - 2 * parts["false"] - 2 * parts["rude"] - 0.5 * parts["padded"]
+            4 * parts["follows"] * parts["fluent"]
+            + parts["fluent"]
+            - 1.0 * (parts["constraint"] == 0)
+            - 2 * parts["false"]
+            - 2 * parts["rude"]
+            - 0.5 * parts["padded"]
         )
         return parts
 
 
 def imperfect(world, task, rng, care=0.75):
-    """What a labeler writes, or a reply spoiled on purpose: the perfect reply with the mistakes of someone in a hurry."""
+    """What a labeler writes, or a reply spoiled on purpose: the perfect reply with the mistakes of
+    someone in a hurry."""
     text = task["reply"]
     if task["myth"] and rng.random() > care:
-        text = text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"])  # believes what people say
+        text = text.replace(
+            world.say(task["fact"], task["fact"]["truth"]), task["myth"]
+        )  # believes what people say
     if rng.random() > care:  # mixes something up: another word of the same class
-        words = [w for w in re.findall(r"[a-z]+", text) if world.word_class.get(w) in ("name", "animal", "color", "object", "town")]
+        words = [
+            w
+            for w in re.findall(r"[a-z]+", text)
+            if world.word_class.get(w) in ("name", "animal", "color", "object", "town")
+        ]
         if words:
             wrong = rng.choice(words)
             text = re.sub(rf"\b{wrong}\b", rng.choice(world.classes[world.word_class[wrong]]), text)
     sentences = re.findall(r" ?[^.!?]+[.!?]", text)
-    if len(sentences) > 1 and rng.random() > care:  # leaves something out, often what a constraint asked for
+    if (
+        len(sentences) > 1 and rng.random() > care
+    ):  # leaves something out, often what a constraint asked for
         del sentences[rng.randrange(len(sentences))]
         text = "".join(sentences).lstrip()
-    if rng.random() > care ** 0.25:
+    if rng.random() > care**0.25:
         text += " " + rng.choice(world.rules["filler"])
-    if rng.random() > care ** 0.1:
+    if rng.random() > care**0.1:
         text += " " + world.expand(rng.choice(world.rules["insult"]), {}, rng)
     return text
 
@@ -421,10 +504,18 @@ def spoiled(world, task, rng):
     text, constraint = task["reply"], (task["constraints"] or [""])[0]
     sentences = re.findall(r" ?[^.!?]+[.!?]", text)
     mistakes = ["word", "word", "word", "word", "repeat", "filler", "insult", "cut"]
-    mistakes += ["omit"] * (len(sentences) > 1) + ["myth"] * 6 * bool(task["myth"]) + ["constraint"] * 6 * constraint.startswith(("first", "last"))
+    mistakes += (
+        ["omit"] * (len(sentences) > 1)
+        + ["myth"] * 6 * bool(task["myth"])
+        + ["constraint"] * 6 * constraint.startswith(("first", "last"))
+    )
     mistake = rng.choice(mistakes)
     if mistake == "word":  # another word of the same class
-        words = [w for w in re.findall(r"[a-z]+", text) if world.word_class.get(w) in ("name", "animal", "color", "object", "town")]
+        words = [
+            w
+            for w in re.findall(r"[a-z]+", text)
+            if world.word_class.get(w) in ("name", "animal", "color", "object", "town")
+        ]
         if words:
             wrong = rng.choice(words)
             text = re.sub(rf"\b{wrong}\b", rng.choice(world.classes[world.word_class[wrong]]), text)
@@ -442,11 +533,15 @@ def spoiled(world, task, rng):
     elif mistake == "myth":
         text = text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"])
     elif mistake == "constraint":
-        text = text.replace("hello. ", "", 1) if constraint.startswith("first") else text.removesuffix(" thanks.")
+        text = (
+            text.replace("hello. ", "", 1)
+            if constraint.startswith("first")
+            else text.removesuffix(" thanks.")
+        )
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # simulated labelers (InstructGPT, sec. 3.4 and App. B): own weights, own noise, own idea of a tie
 
 
@@ -459,7 +554,9 @@ def make_labelers(world, seed, count=40, heldout=10):
     while len(taken) < count + heldout:
         labeler = dict(
             id=f"labeler-{len(taken) + rejected}",
-            helpful=rng.lognormvariate(0, 0.35), true=rng.lognormvariate(0, 0.35), harmless=rng.lognormvariate(0, 0.35),
+            helpful=rng.lognormvariate(0, 0.35),
+            true=rng.lognormvariate(0, 0.35),
+            harmless=rng.lognormvariate(0, 0.35),
             length=rng.gauss(0.01, 0.01),  # a liking for long replies, per word
             noise=rng.uniform(0.5, 0.9),  # standard deviation, on the scale of the gold preference
             tie=rng.uniform(0.2, 0.5),  # replies closer than this are ranked the same
@@ -476,7 +573,10 @@ def screened(world, labeler, tasks, rng):
     agree = total = 0
     for task in tasks:
         replies = [imperfect(world, task, rng, care=0.5) for _ in range(4)]
-        ranks, gold = label(world, labeler, task, replies, rng)["ranks"], [world.gold(task, r)["gold"] for r in replies]
+        ranks, gold = (
+            label(world, labeler, task, replies, rng)["ranks"],
+            [world.gold(task, r)["gold"] for r in replies],
+        )
         for i, j in itertools.combinations(range(4), 2):
             if ranks[i] != ranks[j] and abs(gold[i] - gold[j]) > 0.5:
                 agree += (ranks[i] < ranks[j]) == (gold[i] > gold[j])
@@ -491,8 +591,13 @@ def label(world, labeler, task, replies, rng):
     for reply in replies:
         parts = world.gold(task, reply)
         liking.append(
-            labeler["helpful"] * (4 * parts["follows"] * parts["fluent"] + parts["fluent"]
-                                  - (parts["constraint"] == 0) - 0.5 * parts["padded"])
+            labeler["helpful"]
+            * (
+                4 * parts["follows"] * parts["fluent"]
+                + parts["fluent"]
+                - (parts["constraint"] == 0)
+                - 0.5 * parts["padded"]
+            )
             - labeler["true"] * 2 * parts["false"]
             - labeler["harmless"] * 2 * parts["rude"]
             + labeler["length"] * len(reply.split())
@@ -510,7 +615,8 @@ def label(world, labeler, task, replies, rng):
 
 
 def table_3(parts, reply):
-    """The binary fields that a labeler fills in for each reply (InstructGPT, Table 3); the world has no sex or violence."""
+    """The binary fields that a labeler fills in for each reply (InstructGPT, Table 3); the world has no
+    sex or violence."""
     return dict(
         fails_to_follow=parts["follows"] < 0.5,
         inappropriate=bool(parts["rude"]),
@@ -522,15 +628,24 @@ def table_3(parts, reply):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the datasets of the world
 
-# Documents of pretraining text, demonstration instructions, comparison prompts, PPO prompts, validation and test prompts.
-# The paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts, 31,144 PPO prompts, 3,196 test prompts.
+# Documents of pretraining text, demonstration instructions, comparison prompts, PPO prompts, validation
+# and test prompts.
+# The paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts, 31,144 PPO prompts, 3,196 test
+# prompts.
 WORLD_SIZES = dict(
     tiny=dict(documents=1500, demonstrations=60, comparisons=100, prompts=200, valid=40, test=60),
     cpu=dict(documents=48_000, demonstrations=250, comparisons=12_000, prompts=8000, valid=300, test=800),
-    gpu=dict(documents=200_000, demonstrations=12_725, comparisons=33_207, prompts=31_144, valid=1000, test=3196),
+    gpu=dict(
+        documents=200_000,
+        demonstrations=12_725,
+        comparisons=33_207,
+        prompts=31_144,
+        valid=1000,
+        test=3196,
+    ),
 )
 
 
@@ -539,20 +654,39 @@ def world_data(world, scale, seed):
     pretrain (texts), primer (texts read first), demonstrations (prompt, response), comparison_prompts, prompts, valid, test (tasks)."""
     sizes, rng = WORLD_SIZES[scale], random.Random(f"world {seed}")
     shares, patterns = zip(*world.pages)
-    pages = [world.expand(pattern, {}, rng) for pattern in rng.choices(patterns, shares, k=sizes["documents"])]
+    pages = [
+        world.expand(pattern, {}, rng) for pattern in rng.choices(patterns, shares, k=sizes["documents"])
+    ]
     primer = [world.rollcall(rng) for _ in range(sizes["documents"] // 5)]
     demonstrations = demonstrate(world, sizes["demonstrations"], rng)
-    demonstrations_valid = demonstrate(world, max(20, sizes["demonstrations"] // 8), rng)  # Table 6: 1,653 beside 12,725
-    splits = dict(comparison_prompts=sizes["comparisons"], prompts=sizes["prompts"], valid=sizes["valid"], test=sizes["test"])
-    # one population of users for each split: the test prompts come from users that no training prompt came from
+    demonstrations_valid = demonstrate(
+        world, max(20, sizes["demonstrations"] // 8), rng
+    )  # Table 6: 1,653 beside 12,725
+    splits = dict(
+        comparison_prompts=sizes["comparisons"],
+        prompts=sizes["prompts"],
+        valid=sizes["valid"],
+        test=sizes["test"],
+    )
+    # one population of users for each split: the test prompts come from users that no training
+    # prompt came from
     trained_on = set()
     for name, count in splits.items():
         held_out = name in ("valid", "test")
-        splits[name] = user_prompts(world, count, name if held_out else "train", rng, trained_on if held_out else set())
+        splits[name] = user_prompts(
+            world, count, name if held_out else "train", rng, trained_on if held_out else set()
+        )
         trained_on |= {task["prompt"] for task in splits[name]}
     n_valid = len(pages) // 40
-    return dict(pretrain=pages[n_valid:], pretrain_valid=pages[:n_valid], primer=primer, demonstrations=demonstrations,
-                demonstrations_valid=demonstrations_valid, comparisons=None, **splits)
+    return dict(
+        pretrain=pages[n_valid:],
+        pretrain_valid=pages[:n_valid],
+        primer=primer,
+        demonstrations=demonstrations,
+        demonstrations_valid=demonstrations_valid,
+        comparisons=None,
+        **splits,
+    )
 
 
 def user_prompts(world, count, split, rng, trained_on):
@@ -563,10 +697,18 @@ def user_prompts(world, count, split, rng, trained_on):
         user = f"{split}-{int(users * rng.random() ** 2)}"  # a few customers send many prompts
         task = world.task(rng, user)
         if rng.random() < 0.01:
-            task["prompt"] = "my number is {} {} {} {}. ".format(*rng.choices(world.classes["digit"], k=4)) + task["prompt"]
+            task["prompt"] = (
+                "my number is {} {} {} {}. ".format(*rng.choices(world.classes["digit"], k=4))
+                + task["prompt"]
+            )
         prefix = " ".join(task["prompt"].split()[:20])
         long_prefix_seen = len(task["prompt"].split()) > 20 and prefix in seen
-        if long_prefix_seen or (user, task["prompt"]) in seen or per_user[user] >= 200 or has_personal_data(task["prompt"]):
+        if (
+            long_prefix_seen
+            or (user, task["prompt"]) in seen
+            or per_user[user] >= 200
+            or has_personal_data(task["prompt"])
+        ):
             continue
         if task["prompt"] in trained_on:
             continue
@@ -597,9 +739,23 @@ def demonstrate(world, instructions, rng):
             for i, pair in enumerate(pairs):
                 shots = "".join(texts[:i] + texts[i + 1 :])
                 response = texts[i][len(pair["prompt"]) : -1]
-                rows.append(dict(prompt=shots + pair["prompt"], response=response, category=task["category"], user=labeler))
+                rows.append(
+                    dict(
+                        prompt=shots + pair["prompt"],
+                        response=response,
+                        category=task["category"],
+                        user=labeler,
+                    )
+                )
         else:
-            rows.append(dict(prompt=task["prompt"], response=imperfect(world, task, rng, care), category=task["category"], user=labeler))
+            rows.append(
+                dict(
+                    prompt=task["prompt"],
+                    response=imperfect(world, task, rng, care),
+                    category=task["category"],
+                    user=labeler,
+                )
+            )
     return rows
 
 
@@ -617,13 +773,19 @@ def load(folder, scale, seed):
     documents = random.Random(f"documents {seed}").sample(rows["pretrain"], len(rows["pretrain"]))
     n_valid = max(1, len(documents) // 40)
     split = dict(pretrain_valid=documents[:n_valid], pretrain=documents[n_valid:] or documents, primer=[])
-    split["demonstrations"], split["demonstrations_valid"] = split_by_user(rows["demonstrations"], (0.9, 0.1), seed)
-    split["comparisons"], split["comparisons_valid"] = split_by_user(rows["comparisons"], (0.9, 0.1), seed)
-    split["prompts"], split["valid"], split["test"] = split_by_user(rows["prompts"], (0.8, 0.1, 0.1), seed)
+    split["demonstrations"], split["demonstrations_valid"] = split_by_user(
+        rows["demonstrations"], (0.9, 0.1), seed
+    )
+    split["comparisons"], split["comparisons_valid"] = split_by_user(
+        rows["comparisons"], (0.9, 0.1), seed
+    )
+    split["prompts"], split["valid"], split["test"] = split_by_user(
+        rows["prompts"], (0.8, 0.1, 0.1), seed
+    )
     return split
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # batches
 
 
@@ -649,7 +811,10 @@ def document_batch(documents):
 def encode_pairs(tokenizer, rows, block_size):
     """Rows with prompt and response -> list of (prompt ids, response ids with eot); rows longer than the context are
     dropped and counted, and it is an error if none is left."""
-    pairs = [(tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"]) + [tokenizer.eot]) for row in rows]
+    pairs = [
+        (tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"]) + [tokenizer.eot])
+        for row in rows
+    ]
     return fitting(pairs, lambda pair: len(pair[0]) + len(pair[1]), block_size, "demonstrations")
 
 
@@ -659,7 +824,9 @@ def fitting(rows, length, limit, name):
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} {name}: longer than {limit} tokens")
     if not kept:
-        raise SystemExit(f"all {len(rows)} {name} are longer than {limit} tokens: raise --block_size or shorten them")
+        raise SystemExit(
+            f"all {len(rows)} {name} are longer than {limit} tokens: raise --block_size or shorten them"
+        )
     return kept
 
 
@@ -672,7 +839,10 @@ def bucketed(lengths, batch, seed, count=None):
     while not batches or (count is not None and len(batches) < count):
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(lengths))
-        pools = [sorted(order[i : i + 16 * batch], key=lambda i: lengths[i]) for i in range(0, len(order), 16 * batch)]
+        pools = [
+            sorted(order[i : i + 16 * batch], key=lambda i: lengths[i])
+            for i in range(0, len(order), 16 * batch)
+        ]
         cut = [pool[i : i + batch] for pool in pools for i in range(0, len(pool), batch)]
         batches += [[int(i) for i in cut[j]] for j in rng.permutation(len(cut))]
         epoch += 1
@@ -685,13 +855,16 @@ def draw(rows, count, rng):
 
 
 def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
-    """Responses of a policy to texts -> list of (text, ids); ids end with eot if the response ended by itself."""
+    """Responses of a policy to texts -> list of (text, ids); ids end with eot if the response ended by
+    itself."""
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
     responses = [None] * len(prompts)
     for first in range(0, len(order), 512):
         chosen = order[first : first + 512]
-        tokens, lengths = model.generate(policy, [prompt_ids[i] for i in chosen], max_new_tokens, temperature, tokenizer.eot, generator)
+        tokens, lengths = model.generate(
+            policy, [prompt_ids[i] for i in chosen], max_new_tokens, temperature, tokenizer.eot, generator
+        )
         for i, row, length in zip(chosen, tokens.tolist(), lengths.tolist()):
             ids = row[len(prompt_ids[i]) : length]
             responses[i] = (response_text(tokenizer, prompt_ids[i], ids), ids)
@@ -699,13 +872,15 @@ def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
 
 
 def response_text(tokenizer, prompt_ids, ids):
-    """Decoded behind its prompt, so that the space between the two stays with the response; without eot."""
+    """Decoded behind its prompt, so that the space between the two stays with the response; without
+    eot."""
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eot else ids
     return tokenizer.decode(prompt_ids + ids)[len(tokenizer.decode(prompt_ids)) :]
 
 
 def every_row(count, turn, size, seed):
-    """The `size` rows of a turn, such that each of `count` rows comes once before any comes again -> list of indices."""
+    """The `size` rows of a turn, such that each of `count` rows comes once before any comes again ->
+    list of indices."""
     rows, first = [], turn * size
     while len(rows) < size:
         epoch, place = divmod(first + len(rows), count)
@@ -714,8 +889,9 @@ def every_row(count, turn, size, seed):
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # dataset files: a folder of JSONL, read with every row checked
+
 
 def is_text(value):
     return isinstance(value, str) and value.strip() and not re.search(r"[\ud800-\udfff]", value)
@@ -724,14 +900,20 @@ def is_text(value):
 DATASETS = {  # file -> what its rows must hold; pretrain.txt holds documents between lines of EOT
     "demonstrations.jsonl": ("prompt", "response", "user"),
     "comparisons.jsonl": ("prompt", "responses", "ranks", "user"),
-    "prompts.jsonl": ("prompt", "user")}
+    "prompts.jsonl": ("prompt", "user"),
+}
 RULES = {  # key -> what its value must be, and how to tell; all other keys hold text
-    "responses": ("a list of two or more texts, none of them empty",
-                  lambda v: isinstance(v, list) and len(v) >= 2 and all(map(is_text, v))),
-    "ranks": ("a list of whole numbers, 1 for the best",  # type(): True is an int to isinstance
-              lambda v: isinstance(v, list) and all(type(rank) is int and rank >= 1 for rank in v)),
+    "responses": (
+        "a list of two or more texts, none of them empty",
+        lambda v: isinstance(v, list) and len(v) >= 2 and all(map(is_text, v)),
+    ),
+    "ranks": (
+        "a list of whole numbers, 1 for the best",  # type(): True is an int to isinstance
+        lambda v: isinstance(v, list) and all(type(rank) is int and rank >= 1 for rank in v),
+    ),
     "rating": ("a number", lambda v: type(v) in (int, float)),
-    "user": ("text or a whole number, or absent", lambda v: isinstance(v, (str, int, type(None))))}
+    "user": ("text or a whole number, or absent", lambda v: isinstance(v, (str, int, type(None)))),
+}
 
 
 def check_row(row, *keys):
@@ -744,7 +926,7 @@ def check_row(row, *keys):
             seen = f"not {json.dumps(row[key])[:60]}" if key in row else f"the row has {list(row)}"
             raise ValueError(f'"{key}" must be {must}: {seen}')
     if "ranks" in keys and len(row["ranks"]) != len(row["responses"]):
-        raise ValueError(f'{len(row["responses"])} responses but {len(row["ranks"])} ranks')
+        raise ValueError(f"{len(row['responses'])} responses but {len(row['ranks'])} ranks")
 
 
 def read_text(path):
@@ -753,7 +935,7 @@ def read_text(path):
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             return file.read().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as why:
-        line = why.object[:why.start].count(b"\n") + 1
+        line = why.object[: why.start].count(b"\n") + 1
         raise SystemExit(f"{path}:{line}: not UTF-8 text: convert the file to UTF-8")
     except (OSError, EOFError, zlib.error) as why:
         raise SystemExit(f"{path}: cannot be read ({why}): check the path and the file")
@@ -763,7 +945,8 @@ def read_rows(path):
     """-> [(place, row), ..] by the kind of file; the place is the line, if not said otherwise."""
     text, name = read_text(path), path.removesuffix(".gz")
     if name.endswith((".pos", ".neg")):  # a sentence on each line
-        rows = [{"text": line, "rating": int(name.endswith("pos"))} for line in text.split("\n")]
+        stars = 10 if name.endswith("pos") else 1  # on imdb's scale, so that both may share a folder
+        rows = [{"text": line, "rating": stars} for line in text.split("\n")]
         return [(line, row) for line, row in enumerate(rows, 1) if row["text"].strip()]
     if not name.endswith((".json", ".jsonl")):  # documents: the place counts them
         documents = re.split(r"(?m)^<\|endoftext\|>[ \t]*$", text)
@@ -830,7 +1013,8 @@ def read_folder(folder):
     if not os.path.isdir(folder):
         raise SystemExit(f"{folder} is not a folder: give --data the folder of the dataset files")
     (_, pretrain), (_, demonstrations), (path, comparisons), (_, prompts) = (
-        read_dataset(folder, name) for name in ("pretrain.txt", *DATASETS))
+        read_dataset(folder, name) for name in ("pretrain.txt", *DATASETS)
+    )
     if not comparisons:
         raise SystemExit(f"{path} is not there, the one file that cannot be made from the others")
     if all(len(set(row["ranks"])) == 1 for row in comparisons):
@@ -850,8 +1034,9 @@ def read_folder(folder):
     if not prompts:
         print(f"{folder} has no prompts: using the prompts of demonstrations and comparisons")
         prompts = different_prompts(demonstrations + comparisons)
-    return dict(pretrain=pretrain, demonstrations=demonstrations, comparisons=comparisons,
-                prompts=prompts)
+    return dict(
+        pretrain=pretrain, demonstrations=demonstrations, comparisons=comparisons, prompts=prompts
+    )
 
 
 def split_by_user(rows, shares, seed):
@@ -870,7 +1055,7 @@ def split_by_user(rows, shares, seed):
     return tuple([rows[i] for i in sorted(part)] for part in parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # importers: python data.py import FORMAT FILE.. --out=DIR
 # An importer takes one row of the source and yields (dataset file, row for it), or raises an error
 # if it is unusable. Rows that belong together it yields as ("collected", item): see PUT_TOGETHER.
@@ -899,7 +1084,7 @@ def import_pairs(row):
         shared = re.match(r"(?s).*\n\nAssistant:", os.path.commonprefix(texts))
         if not shared:
             raise ValueError("no prompt, and chosen and rejected do not begin with the same turns")
-        row, texts = {"prompt": shared[0].lstrip()}, [text[shared.end():] for text in texts]
+        row, texts = {"prompt": shared[0].lstrip()}, [text[shared.end() :] for text in texts]
     if texts[0] == texts[1]:
         raise ValueError("chosen and rejected are the same")
     yield comparison(row["prompt"], texts, [1, 0])
@@ -926,6 +1111,7 @@ def import_oasst(row):
         for reply in replies:
             for follow_up in reply.get("replies") or []:
                 yield from turn(follow_up, f"{prompt} {reply['text'].strip()}\n\n")
+
     return turn(tree["prompt"], "")
 
 
@@ -939,15 +1125,22 @@ def import_instructions(row):
     instances. A copy of dolly: prompt in Alpaca's template, which we take apart, and answer."""
     if "answer" in row:
         _, instruction, *context, _ = re.split(r"\s*### \w+:\s*", row["prompt"])
-        row = {"instruction": instruction, "context": "\n".join(context),
-               "response": row["answer"].removesuffix("###eos_token###")}  # sic, in each row
+        row = {
+            "instruction": instruction,
+            "context": "\n".join(context),
+            "response": row["answer"].removesuffix("###eos_token###"),
+        }  # sic, in each row
     for instance in row.get("instances", [{}]):
         task = {**row, **instance}
         response = next((key for key in ("output", "response", "text") if key in task), "output")
         check_row(task, "instruction", response)
         category = {"category": row["category"]} if "category" in row else {}
-        yield checked("demonstrations.jsonl", prompt=instruction_prompt(task),
-                      response=task[response].strip(), **category)
+        yield checked(
+            "demonstrations.jsonl",
+            prompt=instruction_prompt(task),
+            response=task[response].strip(),
+            **category,
+        )
 
 
 def import_pandalm(row):
@@ -978,13 +1171,13 @@ REVIEW_PARTS = {"compared": 0.5, "openings": 0.2, "heldout": 0.15, "judge": 0.15
 
 
 def import_review(row):
-    """text, and rating: any number, more is better."""
+    """text, and rating: stars of ten."""
     text = " ".join(re.sub(r"<br\s*/?>", " ", row["text"]).split())
     check_row({**row, "text": text}, "text", "rating")
     words = text.split()[:REVIEW_WORDS]
     ends = [n for n, word in enumerate(words, 1) if re.search(r"[.!?][\"')]*$", word)]
     if len(words) == REVIEW_WORDS and ends and ends[-1] >= REVIEW_WORDS // 3:
-        words = words[:ends[-1]]
+        words = words[: ends[-1]]
     yield "collected", (text, words, row["rating"])
 
 
@@ -1009,14 +1202,22 @@ def compare_reviews(reviews):
             compared.append(review)
     rng.shuffle(compared)
     for start in range(0, len(compared) - 1, 6):
-        group = compared[start:start + 6]
+        group = compared[start : start + 6]
         yield comparison("Review:", [r["response"] for r in group], [r["rating"] for r in group])
 
 
-FORMATS = {"hh-rlhf": import_pairs, "pairs": import_pairs, "pandalm": import_pandalm,
-           "oasst": import_oasst, "alpaca": import_instructions, "dolly": import_instructions,
-           "self-instruct": import_instructions, "imdb": import_review,
-           "sentence-polarity": import_review, "text": lambda text: [("pretrain.txt", text)]}
+FORMATS = {
+    "hh-rlhf": import_pairs,
+    "pairs": import_pairs,
+    "pandalm": import_pandalm,
+    "oasst": import_oasst,
+    "alpaca": import_instructions,
+    "dolly": import_instructions,
+    "self-instruct": import_instructions,
+    "imdb": import_review,
+    "sentence-polarity": import_review,
+    "text": lambda text: [("pretrain.txt", text)],
+}
 PUT_TOGETHER = {import_pandalm: group_pairs, import_review: compare_reviews}
 IMPORT_USAGE = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"
 

@@ -21,7 +21,8 @@ import model
 
 
 def win_rate(outcomes):
-    """Outcomes 1 (won), 0.5 (tie), 0 (lost), one a prompt -> rate, half-width of its normal 95% interval."""
+    """Outcomes 1 (won), 0.5 (tie), 0 (lost), one a prompt -> rate, half-width of its normal 95%
+    interval."""
     rate = sum(outcomes) / len(outcomes)
     return rate, 1.96 * math.sqrt(rate * (1 - rate) / len(outcomes))
 
@@ -34,7 +35,8 @@ def entropy_bits(logprobs):
 
 
 def respond(policy, tokenizer, prompts, max_new_tokens, temperature, seed, device):
-    """-> list of (text, ids), sampled from a generator of its own: the same seed gives every policy the same luck."""
+    """-> list of (text, ids), sampled from a generator of its own: the same seed gives every policy the
+    same luck."""
     generator = torch.Generator(device).manual_seed(seed)
     return data.sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator)
 
@@ -64,8 +66,12 @@ def mean_kl(policy, ref, tokenizer, prompts, responses, device):
         prompt_ids = [tokenizer.encode(prompt) for prompt in prompts[i : i + 128]]
         rows = [ids + response for ids, (_, response) in zip(prompt_ids, responses[i : i + 128])]
         tokens, lengths = model.pad(rows, device)
-        mask = model.response_mask(torch.tensor([len(ids) for ids in prompt_ids], device=device), lengths, tokens.size(1))
-        total += float((model.masked_logprobs(policy, tokens, mask) - model.masked_logprobs(ref, tokens, mask)).sum())
+        mask = model.response_mask(
+            torch.tensor([len(ids) for ids in prompt_ids], device=device), lengths, tokens.size(1)
+        )
+        total += float(
+            (model.masked_logprobs(policy, tokens, mask) - model.masked_logprobs(ref, tokens, mask)).sum()
+        )
     return total / len(prompts)
 
 
@@ -81,7 +87,8 @@ def document_loss(gpt, documents, device):
 
 
 def best_epoch(path, checkpoint, reward_model, tokenizer, prompts, max_new_tokens, device):
-    """The epoch of sft.pt whose samples score best on validation prompts (App. C.1: select by RM score, not by loss)."""
+    """The epoch of sft.pt whose samples score best on validation prompts (App. C.1: select by RM score,
+    not by loss)."""
     by_epoch = {}
     for epoch in checkpoint["epochs"]:
         policy, _ = model.load_policy(path, "", device, epoch)
@@ -92,16 +99,22 @@ def best_epoch(path, checkpoint, reward_model, tokenizer, prompts, max_new_token
 
 def best_prefix(base, reward_model, tokenizer, prompts, max_new_tokens, device):
     """The few-shot prefix with the highest score on validation prompts, as the paper chose its own."""
-    prefixes = [prefix.lstrip("\n") + "\n" for prefix in "\n".join(data.content("prefixes.txt")).split("---")]
+    prefixes = [
+        prefix.lstrip("\n") + "\n" for prefix in "\n".join(data.content("prefixes.txt")).split("---")
+    ]
     means = []
     for prefix in prefixes:
-        responses = prompted(respond(base, tokenizer, [prefix + p for p in prompts], max_new_tokens, 1.0, 0, device), tokenizer)
+        responses = prompted(
+            respond(base, tokenizer, [prefix + p for p in prompts], max_new_tokens, 1.0, 0, device),
+            tokenizer,
+        )
         means.append(statistics.mean(scores(reward_model, tokenizer, prompts, responses, device)))
     return prefixes[means.index(max(means))], means
 
 
 def compare(golds, baseline):
-    """Gold scores of two models on the same prompts -> outcomes 1, 0.5, 0; a difference below a millionth is a tie."""
+    """Gold scores of two models on the same prompts -> outcomes 1, 0.5, 0; a difference below a
+    millionth is a tie."""
     return [0.5 if abs(a - b) < 1e-6 else float(a > b) for a, b in zip(golds, baseline)]
 
 
@@ -121,11 +134,18 @@ def agreement(world, labelers, reward_model, tokenizer, tasks, responses, device
     agree = {"labelers": [], "reward model": [], "gold and labelers": [], "gold and reward model": []}
     for task, samples in zip(tasks, responses):
         texts = [text for text, _ in samples]
-        first, second = ([-r for r in data.label(world, labeler, task, texts, rng)["ranks"]] for labeler in rng.sample(labelers, 2))
+        first, second = (
+            [-r for r in data.label(world, labeler, task, texts, rng)["ranks"]]
+            for labeler in rng.sample(labelers, 2)
+        )
         reward_scores = scores(reward_model, tokenizer, [task["prompt"]] * len(samples), samples, device)
         gold = [world.gold(task, text)["gold"] for text in texts]
-        judges = {"labelers": (first, second), "reward model": (reward_scores, first),
-                  "gold and labelers": (gold, first), "gold and reward model": (gold, reward_scores)}
+        judges = {
+            "labelers": (first, second),
+            "reward model": (reward_scores, first),
+            "gold and labelers": (gold, first),
+            "gold and reward model": (gold, reward_scores),
+        }
         for name, (a, b) in judges.items():
             for i, j in itertools.combinations(range(len(texts)), 2):
                 if abs(a[i] - a[j]) > 1e-6 and abs(b[i] - b[j]) > 1e-6:
@@ -137,9 +157,13 @@ def last_table(config, device):
     """GPT, GPT prompted, SFT, PPO initialisation, PPO-ptx (and in the world the imperfect demonstrator) on the test prompts:
     printed, and written to out/table.json. config: that of ppo.py."""
     where = lambda name: getattr(config, name, "") or os.path.join(config.out, f"{name}.pt")
-    load = lambda name, epoch=None: model.load_policy(where(name), f"run python ppo.py --out={config.out}", device, epoch)
+    load = lambda name, epoch=None: model.load_policy(
+        where(name), f"run python ppo.py --out={config.out}", device, epoch
+    )
     datasets = data.load(config.data, config.scale, config.seed)
-    reward_path = os.path.join(config.out, "reward.pt") if config.reward in ("", "gold") else config.reward
+    reward_path = (
+        os.path.join(config.out, "reward.pt") if config.reward in ("", "gold") else config.reward
+    )
     reward_model, _ = model.load_reward(reward_path, "run python reward.py", device)
     base_is_ours = not config.base or config.base.endswith(".pt")
     base = load("base")[0] if base_is_ours else model.GPT.from_pretrained(config.base).to(device).eval()
@@ -152,30 +176,52 @@ def last_table(config, device):
     prompts, valid_prompts = [t["prompt"] for t in tasks], [t["prompt"] for t in valid[:200]]
     documents = data.encode_documents(tokenizer, datasets["pretrain_valid"], 128)[:512]
 
-    epoch, by_epoch = best_epoch(where("sft"), sft_checkpoint, reward_model, tokenizer, valid_prompts, size, device)
-    print(f"SFT epoch {epoch} has the highest score on validation prompts: " + "  ".join(f"{e}: {s:.2f}" for e, s in by_epoch.items()))
-    policies = {"GPT": base, "SFT": load("sft", epoch)[0], "PPO init": load("ppo_init")[0], "PPO-ptx" if config.ptx_coef else "PPO": load("ppo")[0]}
+    epoch, by_epoch = best_epoch(
+        where("sft"), sft_checkpoint, reward_model, tokenizer, valid_prompts, size, device
+    )
+    print(
+        f"SFT epoch {epoch} has the highest score on validation prompts: "
+        + "  ".join(f"{e}: {s:.2f}" for e, s in by_epoch.items())
+    )
+    policies = {
+        "GPT": base,
+        "SFT": load("sft", epoch)[0],
+        "PPO init": load("ppo_init")[0],
+        "PPO-ptx" if config.ptx_coef else "PPO": load("ppo")[0],
+    }
     ref, last = policies["PPO init"], list(policies)[-1]
     answers = {}  # (model, temperature) -> responses
     for name, policy in policies.items():
         for temperature in (1.0,) if name == "GPT" else (1.0, 0.0):
             answers[name, temperature] = respond(policy, tokenizer, prompts, size, temperature, 1, device)
     if world:
-        # a small context leaves no room for the prefix before the longest few-shot prompts: those go without it
-        prefix, means = best_prefix(base, reward_model, tokenizer, [p for p in valid_prompts if len(p) < 200], size, device)
+        # a small context leaves no room for the prefix before the longest few-shot prompts:
+        # those go without it
+        prefix, means = best_prefix(
+            base, reward_model, tokenizer, [p for p in valid_prompts if len(p) < 200], size, device
+        )
         print("GPT prompted: scores of the prefixes " + "  ".join(f"{m:.2f}" for m in means))
         room = limit - size - len(tokenizer.encode(prefix))
         with_prefix = [prefix + p if len(tokenizer.encode(p)) <= room else p for p in prompts]
-        answers["GPT prompted", 1.0] = prompted(respond(base, tokenizer, with_prefix, size, 1.0, 1, device), tokenizer)
+        answers["GPT prompted", 1.0] = prompted(
+            respond(base, tokenizer, with_prefix, size, 1.0, 1, device), tokenizer
+        )
         rng = random.Random(0)
         written = [data.imperfect(world, task, rng) for task in tasks]
-        answers["demonstrator", 1.0] = [(text, tokenizer.encode(text) + [tokenizer.eot]) for text in written]
+        answers["demonstrator", 1.0] = [
+            (text, tokenizer.encode(text) + [tokenizer.eot]) for text in written
+        ]
         _, heldout = data.make_labelers(world, config.seed)
 
-        four = respond(policies["SFT"], tokenizer, [p for p in prompts[:300] for _ in range(4)], size, 1.0, 2, device)
+        four = respond(
+            policies["SFT"], tokenizer, [p for p in prompts[:300] for _ in range(4)], size, 1.0, 2, device
+        )
         groups = [four[i : i + 4] for i in range(0, len(four), 4)]
         agree = agreement(world, heldout, reward_model, tokenizer, tasks[:300], groups, device)
-        print("agreement on pairs of SFT samples (held-out labelers): " + "  ".join(f"{name} {share:.3f}" for name, share in agree.items()))
+        print(
+            "agreement on pairs of SFT samples (held-out labelers): "
+            + "  ".join(f"{name} {share:.3f}" for name, share in agree.items())
+        )
 
     order = ["GPT", "GPT prompted", "SFT", "PPO init", last, "demonstrator"]
     table = []
@@ -187,14 +233,27 @@ def last_table(config, device):
             mean = lambda key: statistics.mean(p[key] for p in parts if p[key] is not None)
             claims = [p["false"] for p in parts if p["claims"]]
             golds = [p["gold"] for p in parts]
-            baseline = [world.gold(task, text)["gold"] for task, (text, _) in zip(tasks, answers["SFT", temperature])]
+            baseline = [
+                world.gold(task, text)["gold"]
+                for task, (text, _) in zip(tasks, answers["SFT", temperature])
+            ]
             outcomes = compare(golds, baseline)
             decided = [o for o in outcomes if o != 0.5]
-            row.update(gold=mean("gold"), follows=mean("follows"), constraint=mean("constraint"), claims=mean("claims"),
-                       false=statistics.mean(claims) if claims else 0.0, rude=mean("rude"), fluent=mean("fluent"), padded=mean("padded"))
+            row.update(
+                gold=mean("gold"),
+                follows=mean("follows"),
+                constraint=mean("constraint"),
+                claims=mean("claims"),
+                false=statistics.mean(claims) if claims else 0.0,
+                rude=mean("rude"),
+                fluent=mean("fluent"),
+                padded=mean("padded"),
+            )
             row["win"], row["±"] = win_rate(outcomes)
             row["win_untied"] = statistics.mean(decided) if decided else 0.5
-            row["win_heldout"] = win_rate(compare_by_labelers(world, heldout, tasks, responses, answers["SFT", temperature]))[0]
+            row["win_heldout"] = win_rate(
+                compare_by_labelers(world, heldout, tasks, responses, answers["SFT", temperature])
+            )[0]
         row["score"] = statistics.mean(scores(reward_model, tokenizer, prompts, responses, device))
         if name in ("SFT", "PPO init", last) and temperature == 1:
             row["kl"] = mean_kl(policies[name], ref, tokenizer, prompts, responses, device)
@@ -203,8 +262,16 @@ def last_table(config, device):
             row["pretrain_loss"] = document_loss(policies[name], documents, device)
         table.append(row)
     print_table(table)
-    samples = [dict(prompt=prompts[i], **{f"{n} T={t:g}": answers[n, t][i][0] for n, t in answers if t == 1 and n != "demonstrator"})
-               for i in range(min(8, len(prompts)))]
+    reviews = None
+    if config.data and os.path.exists(os.path.join(config.data, "judge.jsonl")):
+        reviews = review_table(config, base, reward_model, tokenizer, answers, prompts, device)
+    samples = [
+        dict(
+            prompt=prompts[i],
+            **{f"{n} T={t:g}": answers[n, t][i][0] for n, t in answers if t == 1 and n != "demonstrator"},
+        )
+        for i in range(min(8, len(prompts)))
+    ]
     for i, sample in enumerate(samples):  # the first test prompts, whatever they show
         print(f"\n[{i}] {sample['prompt']!r}")
         for name in list(sample)[1:]:
@@ -212,8 +279,74 @@ def last_table(config, device):
     if config.scale == "tiny":
         print("\nscale tiny: a test of the plumbing, the numbers above mean nothing")
     with open(os.path.join(config.out, "table.json"), "w") as file:
-        json.dump(dict(table=table, prompts=len(prompts), sft_epoch=epoch, agreement=agree if world else None, samples=samples), file, indent=1)
+        json.dump(
+            dict(
+                table=table,
+                prompts=len(prompts),
+                sft_epoch=epoch,
+                agreement=agree if world else None,
+                reviews=reviews,
+                samples=samples,
+            ),
+            file,
+            indent=1,
+        )
     return table
+
+
+def review_table(config, base, reward_model, tokenizer, answers, prompts, device):
+    """For a folder of imported reviews (heldout.jsonl and judge.jsonl are there): how well the reward model orders held-out
+    human reviews, and how many continuations are positive, by a judge trained on reviews that no other model saw."""
+    read = lambda name: data.read_jsonl(os.path.join(config.data, name))
+    heldout, seen_by_judge = read("heldout.jsonl"), read("judge.jsonl")
+    with_ids = lambda rows: [
+        (row["response"], tokenizer.encode(row["response"]) + [tokenizer.eot]) for row in rows
+    ]
+    ratings = torch.tensor([float(row["rating"]) for row in heldout])
+    positive = ratings > 5  # stars of ten
+    score_of = lambda scalar, rows, responses: torch.tensor(
+        scores(scalar, tokenizer, rows, responses, device)
+    )
+    heldout_prompts = [row["prompt"] for row in heldout]
+    given = score_of(reward_model, heldout_prompts, with_ids(heldout))
+    higher = given[:, None] > given[None, :]  # (N, N)
+    untied = ratings[:, None] > ratings[None, :]
+    opposite = positive[:, None] & ~positive[None, :]
+    judge = train_judge(base, tokenizer, seen_by_judge, with_ids(seen_by_judge), config.seed, device)
+    report = dict(
+        reward_accuracy_opposite=float(higher[opposite].float().mean()),
+        reward_accuracy_untied=float(higher[untied].float().mean()),
+        judge_accuracy=float(
+            ((score_of(judge, heldout_prompts, with_ids(heldout)) > 0) == positive).float().mean()
+        ),
+        heldout_reviews=len(heldout),
+    )
+    for (name, temperature), responses in answers.items():
+        outcomes = (score_of(judge, prompts, responses) > 0).float().tolist()
+        report[f"positive {name} T={temperature:g}"], report[f"± {name} T={temperature:g}"] = win_rate(
+            outcomes
+        )
+    print("\n" + "\n".join(f"{name:32} {value:.3f}" for name, value in report.items()))
+    return report
+
+
+def train_judge(base, tokenizer, rows, responses, seed, device, epochs=3, batch=32, lr=5e-4):
+    """A classifier of reviews, positive above 0: the base model with a scalar head and the logistic
+    loss."""
+    torch.manual_seed(seed)
+    judge = model.ScalarGPT.from_gpt(base)
+    optimizer = model.adamw(judge, lr)
+    ids = [tokenizer.encode(row["prompt"]) + response[1] for row, response in zip(rows, responses)]
+    labels = torch.tensor([float(row["rating"] > 5) for row in rows])
+    batches = [
+        b for epoch in range(epochs) for b in data.bucketed(list(map(len, ids)), batch, seed + epoch)
+    ]
+    for step, chosen in enumerate(batches):
+        tokens, lengths = model.pad([ids[i] for i in chosen], device)
+        logits = judge(tokens).gather(1, lengths[:, None] - 1).squeeze(1)  # (B,)
+        torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[chosen].to(device)).backward()
+        model.optimizer_step(optimizer, judge, lr * model.cosine(step, len(batches)), 1.0)
+    return judge.eval()
 
 
 def print_table(table):
@@ -221,8 +354,15 @@ def print_table(table):
     print("\n" + "  ".join(f"{c:>{max(len(c), 6)}}" if c != "model" else f"{c:14}" for c in columns))
     for row in table:
         cells = [row.get(c, "") for c in columns]
-        cells = [f"{v:.3f}" if isinstance(v, float) and c != "T" else f"{v:g}" if c == "T" else v for c, v in zip(columns, cells)]
-        print("  ".join(f"{v:>{max(len(c), 6)}}" if c != "model" else f"{v:14}" for c, v in zip(columns, cells)))
+        cells = [
+            f"{v:.3f}" if isinstance(v, float) and c != "T" else f"{v:g}" if c == "T" else v
+            for c, v in zip(columns, cells)
+        ]
+        print(
+            "  ".join(
+                f"{v:>{max(len(c), 6)}}" if c != "model" else f"{v:14}" for c, v in zip(columns, cells)
+            )
+        )
 
 
 if __name__ == "__main__":

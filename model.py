@@ -29,11 +29,12 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-# Adam's moments of words that never occur shrink towards 0; on a CPU arithmetic on denormal numbers is up to 100 times
+# Adam's moments of words that never occur shrink towards 0; on a CPU arithmetic on denormal numbers is
+# up to 100 times
 # slower, and after some 1,700 steps most of a step was that
 torch.set_flush_denormal(True)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # GPT
 
 
@@ -44,11 +45,16 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_embd: int
-    dropout: float = 0.0  # residual dropout: on what attention and MLP add to the stream; the paper's SFT uses 0.2
+    dropout: float = (
+        0.0  # residual dropout: on what attention and MLP add to the stream; the paper's SFT uses 0.2
+    )
     bias: bool = True
-    # For models trained from scratch on little text (all False or 0.02 is GPT-2; README, "paper / here / why"):
+    # For models trained from scratch on little text (all False or 0.02 is GPT-2; README, "paper /
+    # here / why"):
     rotary: bool = False  # rotary positions on half of each head in place of learned ones
-    match_head: bool = False  # in head 0 the key matrix starts equal to the query matrix: equal tokens find each other
+    match_head: bool = (
+        False  # in head 0 the key matrix starts equal to the query matrix: equal tokens find each other
+    )
     init_std: float = 0.02
 
 
@@ -59,7 +65,10 @@ def rotate(x, angles):
     """
     quarter = angles.size(-1)
     a, b, rest = x[..., :quarter], x[..., quarter : 2 * quarter], x[..., 2 * quarter :]
-    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)  # (B or 1, 1, T, hs // 4)
+    cos, sin = (
+        angles.cos()[:, None].to(x.dtype),
+        angles.sin()[:, None].to(x.dtype),
+    )  # (B or 1, 1, T, hs // 4)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
@@ -73,7 +82,9 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, angles, cache):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        q, k, v = (
+            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        )  # (B, nh, T, hs)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         if cache is None:
@@ -124,7 +135,9 @@ class GPT(nn.Module):
         if config.rotary:
             quarter = config.n_embd // config.n_head // 4
             # base 1000, not the usual 10,000: the contexts here are some hundred tokens long
-            self.register_buffer("frequencies", 1000.0 ** (-torch.arange(quarter) / quarter), persistent=False)
+            self.register_buffer(
+                "frequencies", 1000.0 ** (-torch.arange(quarter) / quarter), persistent=False
+            )
         else:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -138,7 +151,9 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Block):  # children are initialised first
-            residual_std = std / math.sqrt(2 * self.config.n_layer)  # GPT-2: the stream is a sum of 2 * n_layer terms
+            residual_std = std / math.sqrt(
+                2 * self.config.n_layer
+            )  # GPT-2: the stream is a sum of 2 * n_layer terms
             nn.init.normal_(module.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(module.mlp.c_proj.weight, std=residual_std)
             if self.config.match_head:
@@ -149,7 +164,9 @@ class GPT(nn.Module):
     def hidden(self, tokens, cache=None):
         """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens continue what it holds."""
         config, device = self.config, tokens.device
-        positions = torch.arange(tokens.size(1), device=device)[None] if cache is None else cache.positions  # (., T)
+        positions = (
+            torch.arange(tokens.size(1), device=device)[None] if cache is None else cache.positions
+        )  # (., T)
         x = self.transformer.wte(tokens)  # (B, T, C)
         if config.rotary:
             angles = positions[..., None] * self.frequencies  # (., T, hs // 4)
@@ -171,27 +188,54 @@ class GPT(nn.Module):
             try:
                 raw_config, weights = _read_hf_folder(name_or_folder)
             except Exception as problem:  # a missing or damaged file fails in many ways
-                raise SystemExit(f"{name_or_folder} is damaged or is not a GPT-2 folder: {problem}") from None
+                raise SystemExit(
+                    f"{name_or_folder} is damaged or is not a GPT-2 folder: {problem}"
+                ) from None
         else:
             raw_config, weights = _fetch_hf(name_or_folder)
-        expected = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
-                        scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+        expected = dict(
+            model_type="gpt2",
+            activation_function="gelu_new",
+            layer_norm_epsilon=1e-5,
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+        )
         for key, value in expected.items():
             if raw_config.get(key, value) != value:
-                raise SystemExit(f"{name_or_folder}: {key} is {raw_config[key]!r}, this GPT needs {value!r}: use GPT-2 weights")
-        names = dict(vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+                raise SystemExit(
+                    f"{name_or_folder}: {key} is {raw_config[key]!r}, this GPT needs {value!r}: use GPT-2 weights"
+                )
+        names = dict(
+            vocab_size="vocab_size",
+            block_size="n_positions",
+            n_layer="n_layer",
+            n_head="n_head",
+            n_embd="n_embd",
+        )
         for key in names.values():
-            check(key in raw_config, f"{name_or_folder}: config.json has no {key}: is this a GPT-2 checkpoint?")
+            check(
+                key in raw_config,
+                f"{name_or_folder}: config.json has no {key}: is this a GPT-2 checkpoint?",
+            )
         gpt = cls(GPTConfig(**{ours: raw_config[theirs] for ours, theirs in names.items()}))
         ours = gpt.state_dict()
-        weights = {"transformer." + k.removeprefix("transformer."): w for k, w in weights.items() if k != "lm_head.weight"}
+        weights = {
+            "transformer." + k.removeprefix("transformer."): w
+            for k, w in weights.items()
+            if k != "lm_head.weight"
+        }
         for key in ours.keys() - {"lm_head.weight"}:
             if key not in weights:
-                raise SystemExit(f"{name_or_folder}: weight {key} is missing: is this a GPT-2 checkpoint?")
+                raise SystemExit(
+                    f"{name_or_folder}: weight {key} is missing: is this a GPT-2 checkpoint?"
+                )
             # GPT-2's Conv1D keeps its matrices (in, out); nn.Linear keeps (out, in)
             is_conv = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
             weight = weights[key].t() if is_conv else weights[key]
-            check(weight.shape == ours[key].shape, f"{name_or_folder}: {key} is {tuple(weight.shape)}, config.json says {tuple(ours[key].shape)}")
+            check(
+                weight.shape == ours[key].shape,
+                f"{name_or_folder}: {key} is {tuple(weight.shape)}, config.json says {tuple(ours[key].shape)}",
+            )
             ours[key].copy_(weight)
         return gpt
 
@@ -203,7 +247,9 @@ def _read_hf_folder(folder):
     if not os.path.exists(path):
         path = os.path.join(folder, "pytorch_model.bin")
         if not os.path.exists(path):
-            raise SystemExit(f"{folder}: neither model.safetensors nor pytorch_model.bin is there: point to a GPT-2 folder")
+            raise SystemExit(
+                f"{folder}: neither model.safetensors nor pytorch_model.bin is there: point to a GPT-2 folder"
+            )
         return raw_config, torch.load(path, map_location="cpu", weights_only=True)
     # safetensors: 8 bytes with the header's length, a JSON header, then the raw tensors
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -212,10 +258,14 @@ def _read_hf_folder(folder):
         data = bytearray(file.read())
     weights = {}
     for name, entry in header.items():
-        if name == "__metadata__" or entry["dtype"] not in dtypes:  # GPT-2 stores boolean causal masks too
+        if (
+            name == "__metadata__" or entry["dtype"] not in dtypes
+        ):  # GPT-2 stores boolean causal masks too
             continue
         begin, end = entry["data_offsets"]
-        weights[name] = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]]).view(entry["shape"])
+        weights[name] = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]]).view(
+            entry["shape"]
+        )
     return raw_config, weights
 
 
@@ -223,16 +273,21 @@ def _fetch_hf(name):
     try:
         from transformers import GPT2LMHeadModel  # optional: only to download weights by name
     except ImportError:
-        raise SystemExit(f"{name} is not a folder, and fetching it by name needs: pip install transformers") from None
+        raise SystemExit(
+            f"{name} is not a folder, and fetching it by name needs: pip install transformers"
+        ) from None
     try:
         theirs = GPT2LMHeadModel.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        raise SystemExit(f"{name}: transformers could not load it: {str(problem).splitlines()[0]}") from None
+        raise SystemExit(
+            f"{name}: transformers could not load it: {str(problem).splitlines()[0]}"
+        ) from None
     return theirs.config.to_dict(), theirs.state_dict()
 
 
 class ScalarGPT(nn.Module):
-    """A GPT with the unembedding replaced by a projection to one scalar per position (InstructGPT, sec. 3.5)."""
+    """A GPT with the unembedding replaced by a projection to one scalar per position (InstructGPT, sec.
+    3.5)."""
 
     def __init__(self, gpt):
         super().__init__()
@@ -258,12 +313,13 @@ class ScalarGPT(nn.Module):
         return self.head(self.body.hidden(tokens)).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # log-probabilities
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """log pi(tokens[:, t+1] | tokens[:, :t+1]): logits (B, T, V), tokens (B, T) -> (B, T-1), nats. The one shift."""
+    """log pi(tokens[:, t+1] | tokens[:, :t+1]): logits (B, T, V), tokens (B, T) -> (B, T-1), nats. The
+    one shift."""
     logprobs = F.log_softmax(logits[:, :-1].float() / temperature, dim=-1)  # (B, T-1, V)
     return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
@@ -280,7 +336,7 @@ def masked_logprobs(gpt, tokens, mask, temperature=1.0):
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # sampling
 
 
@@ -292,7 +348,11 @@ class Cache:
 
     def __init__(self, gpt, rows, slots):
         config, weight = gpt.config, gpt.lm_head.weight
-        dtype = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(weight.device.type)
+            if torch.is_autocast_enabled(weight.device.type)
+            else weight.dtype
+        )
         shape = (rows, config.n_head, slots, config.n_embd // config.n_head)
         self.buffers = {
             block.attn: [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in "kv"]
@@ -318,7 +378,8 @@ class Cache:
 
 
 def sample(logits, temperature, generator):
-    """One token for each row of logits (B, V): argmax at temperature 0, else a draw by inverting the distribution."""
+    """One token for each row of logits (B, V): argmax at temperature 0, else a draw by inverting the
+    distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1)  # (B, V)
@@ -356,7 +417,9 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
     tokens, lengths = F.pad(tokens[rows], (0, max_new_tokens)), lengths[rows]  # (B, P+R), (B,)
 
     rows = torch.arange(len(prompts), device=device)  # the rows still in the batch
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # of these, the ones that have ended
+    ended = torch.zeros(
+        len(prompts), dtype=torch.bool, device=device
+    )  # of these, the ones that have ended
     for step in range(max_new_tokens):
         new = sample(logits, temperature, generator).masked_fill(ended, 0)
         tokens[rows, lengths[rows]] = new  # an ended row goes on writing padding behind its eot
@@ -385,12 +448,13 @@ def pad(rows, device="cpu"):
 
 
 def response_mask(prompt_lengths, lengths, T):
-    """(B,), (B,) -> mask (B, T-1): True where column t's action, tokens[:, t + 1], belongs to the response, eot included."""
+    """(B,), (B,) -> mask (B, T-1): True where column t's action, tokens[:, t + 1], belongs to the
+    response, eot included."""
     action = torch.arange(1, T, device=lengths.device)  # the index in tokens of each column's action
     return (action >= prompt_lengths[:, None]) & (action < lengths[:, None])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # plumbing: flags, checkpoints, logs, devices
 
 
@@ -410,7 +474,9 @@ def configure(Config, scales, argv):
             raise SystemExit(0)
         if not argument.startswith("--") or name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=3, cutoff=0.5) or sorted(kinds)
-            raise SystemExit(f"unknown flag {argument}: did you mean {', '.join('--' + n for n in near)}?")
+            raise SystemExit(
+                f"unknown flag {argument}: did you mean {', '.join('--' + n for n in near)}?"
+            )
         if "=" not in argument and kinds[name] is not bool:
             raise SystemExit(f"--{name} needs a value: write --{name}=VALUE")
         flags[name] = convert(name, text if "=" in argument else "true", kinds[name])
@@ -437,14 +503,20 @@ def check(condition, message):
 
 
 def check_values(config):
-    """Before anything trains: sizes at least 1, rates above 0, the device there, the output folder writable."""
+    """Before anything trains: sizes at least 1, rates above 0, the device there, the output folder
+    writable."""
     for name, value in asdict(config).items():
         if isinstance(value, int) and not isinstance(value, bool) and name != "seed":
             check(value >= 1, f"--{name}={value}: expected at least 1")
-        if isinstance(value, float) and name.endswith(("lr", "temperature", "cliprange", "cliprange_value")):
+        if isinstance(value, float) and name.endswith(
+            ("lr", "temperature", "cliprange", "cliprange_value")
+        ):
             check(value > 0, f"--{name}={value}: expected a number above 0")
         if isinstance(value, float):
-            check(math.isfinite(value) and value >= 0, f"--{name}={value}: expected a finite number, not below 0")
+            check(
+                math.isfinite(value) and value >= 0,
+                f"--{name}={value}: expected a finite number, not below 0",
+            )
     get_device(config.device)
     try:
         os.makedirs(config.out, exist_ok=True)
@@ -452,24 +524,31 @@ def check_values(config):
         open(probe, "w").close()
         os.remove(probe)
     except OSError as problem:
-        raise SystemExit(f"--out={config.out}: cannot write there ({problem.strerror}): choose another folder") from None
+        raise SystemExit(
+            f"--out={config.out}: cannot write there ({problem.strerror}): choose another folder"
+        ) from None
 
 
 def get_device(name):
     """'' picks cuda if it is there, else cpu."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     check(name == "cpu" or name.startswith("cuda"), f"--device={name} is unknown: use cpu or cuda")
-    check(name == "cpu" or torch.cuda.is_available(), f"--device={name}: no CUDA device is there: use --device=cpu")
+    check(
+        name == "cpu" or torch.cuda.is_available(),
+        f"--device={name}: no CUDA device is there: use --device=cpu",
+    )
     return torch.device(name)
 
 
 def autocast(device):
-    """bf16 activations with fp32 master weights on a GPU (the paper: fp16 with fp32 masters), plain fp32 on a CPU."""
+    """bf16 activations with fp32 master weights on a GPU (the paper: fp16 with fp32 masters), plain
+    fp32 on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def adamw(model, lr, weight_decay=0.0):
-    """Adam with the paper's betas (0.9, 0.95); eps 1e-5 as in the original RLHF code. Decay on matrices only."""
+    """Adam with the paper's betas (0.9, 0.95); eps 1e-5 as in the original RLHF code. Decay on matrices
+    only."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
@@ -501,11 +580,17 @@ def seed_step(seed, step, device):
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
-NOT_RESULTS = {"out", "device", "log_every", "save_seconds"}  # flags that may change between a run and its continuation
+NOT_RESULTS = {
+    "out",
+    "device",
+    "log_every",
+    "save_seconds",
+}  # flags that may change between a run and its continuation
 
 
 def save_checkpoint(path, **checkpoint):
-    """Write to a temporary name, then rename: a reader, or a kill, meets the old file or the new one, never a part."""
+    """Write to a temporary name, then rename: a reader, or a kill, meets the old file or the new one,
+    never a part."""
     temporary = f"{path}.tmp"
     try:
         torch.save(checkpoint, temporary)
@@ -514,7 +599,9 @@ def save_checkpoint(path, **checkpoint):
         reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise SystemExit(f"cannot write {path} ({reason}): free some space or choose another --out") from None
+        raise SystemExit(
+            f"cannot write {path} ({reason}): free some space or choose another --out"
+        ) from None
 
 
 def load_checkpoint(path, kind, made_by):
@@ -526,10 +613,17 @@ def load_checkpoint(path, kind, made_by):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"]
-    except Exception:  # torch.load fails in many ways on a file that is cut short or was never a checkpoint
-        raise SystemExit(f"{path} is damaged or is not a checkpoint of this project: delete it, then {made_by}") from None
+    except (
+        Exception
+    ):  # torch.load fails in many ways on a file that is cut short or was never a checkpoint
+        raise SystemExit(
+            f"{path} is damaged or is not a checkpoint of this project: delete it, then {made_by}"
+        ) from None
     names = {"policy": "a policy", "reward": "a reward model"}
-    check(found == kind, f"{path} holds {names.get(found, found)}, expected {names[kind]}: did you mix up two paths?")
+    check(
+        found == kind,
+        f"{path} holds {names.get(found, found)}, expected {names[kind]}: did you mix up two paths?",
+    )
     return checkpoint
 
 
@@ -555,14 +649,19 @@ def is_finished(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["finished"]
     except Exception:
-        raise SystemExit(f"{path} is damaged or is not a checkpoint of this project: delete it and run the same command again") from None
+        raise SystemExit(
+            f"{path} is damaged or is not a checkpoint of this project: delete it and run the same command again"
+        ) from None
 
 
 def load_policy(path, made_by, device, epoch=None):
-    """-> GPT in eval mode, its checkpoint. epoch picks one of the kept epochs of sft.pt; None is the last."""
+    """-> GPT in eval mode, its checkpoint. epoch picks one of the kept epochs of sft.pt; None is the
+    last."""
     checkpoint = load_checkpoint(path, "policy", made_by)
     check(checkpoint["finished"], f"{path} is not finished: {made_by}")
-    gpt = GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0}))  # dropout is for SFT only: table row in README
+    gpt = GPT(
+        GPTConfig(**{**checkpoint["config"], "dropout": 0.0})
+    )  # dropout is for SFT only: table row in README
     gpt.load_state_dict(checkpoint["epochs"][epoch] if epoch else checkpoint["weights"])
     return gpt.to(device).eval(), checkpoint
 
@@ -577,7 +676,8 @@ def load_reward(path, made_by, device):
 
 
 class Saver:
-    """Says when a loop must save: every `seconds`, and after Ctrl-C, which then ends the run between two steps."""
+    """Says when a loop must save: every `seconds`, and after Ctrl-C, which then ends the run between
+    two steps."""
 
     def __init__(self, path, seconds):
         self.path, self.seconds, self.last, self.interrupted = path, seconds, time.monotonic(), False
@@ -600,11 +700,15 @@ class Saver:
             return
         save_checkpoint(self.path, **checkpoint())
         self.last = time.monotonic()
-        check(not self.interrupted, f"stopped after step {step}, saved in {self.path}: the same command goes on from there")
+        check(
+            not self.interrupted,
+            f"stopped after step {step}, saved in {self.path}: the same command goes on from there",
+        )
 
 
 class Log:
-    """One JSON object a line in a file, and one fixed-width line on the console. Rows after `step` are cut away first."""
+    """One JSON object a line in a file, and one fixed-width line on the console. Rows after `step` are
+    cut away first."""
 
     def __init__(self, path, step):
         self.path, kept = path, []
@@ -619,12 +723,21 @@ class Log:
         with open(self.path, "a") as file:
             file.write(json.dumps(row) + "\n")
         if show:
-            print("  ".join(f"{name} {value:>{7 if isinstance(value, float) else 5}.4g}" for name, value in row.items()), flush=True)
+            print(
+                "  ".join(
+                    f"{name} {value:>{7 if isinstance(value, float) else 5}.4g}"
+                    for name, value in row.items()
+                ),
+                flush=True,
+            )
 
 
 def check_finite(loss, step, path):
     """Stop at the first loss that is not a number, before it reaches the checkpoint."""
-    check(math.isfinite(loss), f"the loss is {loss} at step {step}: lower the learning rate; {path} keeps the last good step, if one was saved")
+    check(
+        math.isfinite(loss),
+        f"the loss is {loss} at step {step}: lower the learning rate; {path} keeps the last good step, if one was saved",
+    )
 
 
 def peak_memory_gb():

@@ -52,28 +52,31 @@ class Config:
     reward: str = ""  # '' is out/reward.pt; gold scores by the world's gold preference
 
     # rollouts
-    episodes: int = 10_240  # responses in all (paper: 256k)
-    rollout_size: int = 128  # responses per iteration (paper: 512)
+    episodes: int = 20_480  # responses in all (paper: 256k)
+    rollout_size: int = 256  # responses per iteration (paper: 512)
     max_new_tokens: int = 28  # (paper: 1k)
     temperature: float = 1.0  # as the paper
 
     # reward
-    beta: float = 0.1  # KL coefficient, score units per nat of kl; eq. 2 (paper: 0.02, on the scale of its reward model)
-    eot_penalty: float = 1.0  # subtracted from the score of a response that did not end (lm-human-preferences set it to -1)
+    # KL coefficient, score units per nat of kl; eq. 2 (paper: 0.02, on the scale of its reward model)
+    beta: float = 0.04
+    # subtracted from the score of a response that did not end (lm-human-preferences set it to -1)
+    eot_penalty: float = 1.0
 
     # ppo
-    minibatch_size: int = 16  # responses per optimizer step: 8 minibatches to a rollout (paper: 64)
+    minibatch_size: int = 32  # responses per optimizer step: 8 minibatches to a rollout (paper: 64)
     microbatch_size: int = 8  # responses per forward: memory and speed only
     ppo_epochs: int = 1  # passes over a rollout, as the paper
     gamma: float = 1.0  # no discount, as the paper
     lam: float = 0.95  # GAE lambda; not in the paper, 0.95 in its predecessors and successors
     cliprange: float = 0.2  # as the paper
     cliprange_value: float = 0.2  # not in the paper
-    ptx_coef: float = 0.5  # weight of the pretraining loss, mean per token: the paper's gamma in eq. 2, 27.8; 0 is plain PPO
+    # weight of the pretraining loss, mean per token: the paper's gamma in eq. 2, 27.8; 0 is plain PPO
+    ptx_coef: float = 0.5
     ptx_ratio: int = 1  # pretraining documents per response (paper: 8, which doubles the time)
 
     # optimisation
-    lr: float = 2e-4  # constant after warm-up (paper: 2.55e-6 to 8.05e-6)
+    lr: float = 3e-4  # constant after warm-up (paper: 2.55e-6 to 8.05e-6)
     value_lr: float = 5e-4  # (paper: 9e-6)
     warmup: int = 10  # iterations, from a tenth of lr, as the paper
     grad_clip: float = 1.0
@@ -88,11 +91,20 @@ SCALES = dict(
     tiny=dict(episodes=256, rollout_size=32, minibatch_size=8, max_new_tokens=24, save_seconds=5.0),
     cpu=dict(),
     gpu=dict(episodes=256_000, rollout_size=512, minibatch_size=64, ptx_ratio=8),
-    gpt2=dict(encoding="gpt2", base="gpt2", episodes=25_600, rollout_size=128, max_new_tokens=128, lr=5e-6, value_lr=9e-6, beta=0.02),
+    gpt2=dict(
+        encoding="gpt2",
+        base="gpt2",
+        episodes=25_600,
+        rollout_size=128,
+        max_new_tokens=128,
+        lr=5e-6,
+        value_lr=9e-6,
+        beta=0.02,
+    ),
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the mathematics: pure functions on tensors whose columns are actions (model.py, the alignment rule)
 
 
@@ -111,8 +123,8 @@ def kl_shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16) -> advantages, returns, both (B, T-1), 0 where masked.
 
-        delta_t = rewards_t + gamma * values_{t+1} - values_t        values are 0 after the last action
-        advantages_t = delta_t + gamma * lam * advantages_{t+1}      returns = advantages + values
+    delta_t = rewards_t + gamma * values_{t+1} - values_t        values are 0 after the last action
+    advantages_t = delta_t + gamma * lam * advantages_{t+1}      returns = advantages + values
     """
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(rewards)
@@ -132,7 +144,8 @@ def masked_mean(x, mask):
 
 
 def whiten(x, mask, shift_mean=True):
-    """Unit variance over unmasked tokens (population variance), zero mean unless shift_mean is False; 0 where masked."""
+    """Unit variance over unmasked tokens (population variance), zero mean unless shift_mean is False; 0
+    where masked."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -140,15 +153,19 @@ def whiten(x, mask, shift_mean=True):
 
 
 def policy_loss(new_logprobs, logprobs, advantages, mask, cliprange):
-    """The clipped surrogate (PPO eq. 7) -> loss (mean over unmasked tokens), clipfrac (share of them where the clip binds)."""
+    """The clipped surrogate (PPO eq. 7) -> loss (mean over unmasked tokens), clipfrac (share of them
+    where the clip binds)."""
     ratio = (new_logprobs - logprobs).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    return masked_mean(torch.maximum(unclipped, clipped), mask), masked_mean((clipped > unclipped).float(), mask)
+    return masked_mean(torch.maximum(unclipped, clipped), mask), masked_mean(
+        (clipped > unclipped).float(), mask
+    )
 
 
 def value_loss(new_values, values, returns, mask, cliprange_value):
-    """Half the squared error, the larger of that of the new value and of the new value kept near the old -> scalar."""
+    """Half the squared error, the larger of that of the new value and of the new value kept near the
+    old -> scalar."""
     clipped = values + (new_values - values).clamp(-cliprange_value, cliprange_value)
     return 0.5 * masked_mean(torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2), mask)
 
@@ -156,14 +173,15 @@ def value_loss(new_values, values, returns, mask, cliprange_value):
 def kl_estimates(logprobs, ref_logprobs, mask):
     """KL(policy || ref) in nats per response, from actions of the policy (Schulman, "Approximating KL divergence"):
 
-        k1 = -log r    k3 = (r - 1) - log r    with r = ref / policy;  both unbiased, k3 never negative.  -> (B,), (B,)
+    k1 = -log r    k3 = (r - 1) - log r    with r = ref / policy;  both unbiased, k3 never negative.  -> (B,), (B,)
     """
     log_r = (ref_logprobs - logprobs) * mask
     return -log_r.sum(1), (log_r.exp() - 1 - log_r).sum(1)
 
 
 def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns) over unmasked tokens: 1 is perfect, 0 no better than a constant."""
+    """1 - var(returns - values) / var(returns) over unmasked tokens: 1 is perfect, 0 no better than a
+    constant."""
     error, spread = (returns - values)[mask], returns[mask]
     return float(1 - error.var(correction=0) / spread.var(correction=0).clamp(min=1e-8))
 
@@ -180,7 +198,7 @@ def update_ema(ema, gpt, decay):
             average.lerp_(weight, 1 - decay)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # one iteration
 
 
@@ -197,25 +215,39 @@ def by_length(function, tokens, lengths, mask, size):
 
 @torch.no_grad()
 def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, generator, gold=None):
-    """Sample a response to each prompt and judge it. prompts: list of lists of ids. -> dict of tensors on (B, T-1) or (B,)."""
+    """Sample a response to each prompt and judge it. prompts: list of lists of ids. -> dict of tensors
+    on (B, T-1) or (B,)."""
     device = policy.lm_head.weight.device
     size = 4 * config.microbatch_size  # rows at a time: without gradients four times as many fit
     started = time.monotonic()
     with model.autocast(device):
         # 1. sample; eot is an action like any other, what would follow it is never made
-        tokens, lengths = model.generate(policy, prompts, config.max_new_tokens, config.temperature, tokenizer.eot, generator)
+        tokens, lengths = model.generate(
+            policy, prompts, config.max_new_tokens, config.temperature, tokenizer.eot, generator
+        )
         generated = time.monotonic()
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         mask = model.response_mask(prompt_lengths, lengths, tokens.size(1))
         # 2. score prompt and response at the last token; a response that did not end loses a constant
-        last = torch.arange(1, tokens.size(1), device=device) == lengths[:, None] - 1  # (B, T-1): the last action
-        judged = by_length(lambda t, m: reward_model(t)[:, 1:].float(), tokens, lengths, mask, size)  # after each action
+        last = (
+            torch.arange(1, tokens.size(1), device=device) == lengths[:, None] - 1
+        )  # (B, T-1): the last action
+        judged = by_length(
+            lambda t, m: reward_model(t)[:, 1:].float(), tokens, lengths, mask, size
+        )  # after each action
         scores = gold(tokens, prompt_lengths, lengths) if gold else (judged * last).sum(1)  # (B,)
         ended = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == tokenizer.eot
         penalised = scores - config.eot_penalty * ~ended
-        # 3. log-probabilities in the numerics of the update, so that its first ratio is 1; reference; values before each action
+        # 3. log-probabilities in the numerics of the update, so that its first ratio is 1;
+        # reference; values before each action
         logprobs, ref_logprobs = (
-            by_length(lambda t, m: model.masked_logprobs(gpt, t, m, config.temperature), tokens, lengths, mask, size)
+            by_length(
+                lambda t, m: model.masked_logprobs(gpt, t, m, config.temperature),
+                tokens,
+                lengths,
+                mask,
+                size,
+            )
             for gpt in (policy, ref)
         )
         values = by_length(lambda t, m: value_model(t)[:, :-1].float() * m, tokens, lengths, mask, size)
@@ -225,9 +257,19 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
     advantages = whiten(advantages, mask)
     return dict(
-        tokens=tokens, lengths=lengths, prompt_lengths=prompt_lengths, mask=mask, scores=scores, ended=ended, logprobs=logprobs,
-        ref_logprobs=ref_logprobs, values=values, advantages=advantages, returns=returns,
-        seconds_generate=generated - started, seconds_score=time.monotonic() - generated,
+        tokens=tokens,
+        lengths=lengths,
+        prompt_lengths=prompt_lengths,
+        mask=mask,
+        scores=scores,
+        ended=ended,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        advantages=advantages,
+        returns=returns,
+        seconds_generate=generated - started,
+        seconds_score=time.monotonic() - generated,
     )
 
 
@@ -237,29 +279,53 @@ def print_samples(tokenizer, batch, count=2):
         start, end = int(batch["prompt_lengths"][i]), int(batch["lengths"][i])
         ids = batch["tokens"][i].tolist()
         kl = float((batch["logprobs"][i] - batch["ref_logprobs"][i]).sum())
-        print(f"    score {float(batch['scores'][i]):.2f}  kl {kl:.2f}  {tokenizer.decode(ids[:start])!r} -> {tokenizer.decode(ids[start:end])!r}")
+        print(
+            f"    score {float(batch['scores'][i]):.2f}  kl {kl:.2f}  {tokenizer.decode(ids[:start])!r} -> {tokenizer.decode(ids[start:end])!r}"
+        )
 
 
 def ensure(config):
-    """Train the defaults that are missing before PPO, each by its own stage, with this run's shared flags."""
-    shared = {name: getattr(config, name) for name in ("scale", "out", "seed", "data", "device", "encoding")}
+    """Train the defaults that are missing before PPO, each by its own stage, with this run's shared
+    flags."""
+    shared = {
+        name: getattr(config, name) for name in ("scale", "out", "seed", "data", "device", "encoding")
+    }
     given = dict(base=config.base) if config.base else {}
     wanted = [name for name in ("base", "sft", "ppo_init") if not getattr(config, name)]
     if not all(model.is_finished(os.path.join(config.out, f"{name}.pt")) for name in wanted):
         sft.main(sft.Config(**{**sft.SCALES[config.scale], **shared, **given}))
     if config.reward in ("", "gold") and not model.is_finished(os.path.join(config.out, "reward.pt")):
-        reward.main(reward.Config(**{**reward.SCALES[config.scale], **shared, **(dict(sft=config.sft) if config.sft else {})}))
+        reward.main(
+            reward.Config(
+                **{
+                    **reward.SCALES[config.scale],
+                    **shared,
+                    **(dict(sft=config.sft) if config.sft else {}),
+                }
+            )
+        )
 
 
 def main(config):
     model.check_values(config)
-    check(config.rollout_size % config.minibatch_size == 0,
-          f"--rollout_size={config.rollout_size} is not a multiple of --minibatch_size={config.minibatch_size}: change one of them")
-    check(config.episodes >= config.rollout_size, f"--episodes={config.episodes} is less than one rollout of {config.rollout_size}: raise it")
-    check(config.reward != "gold" or not config.data, "--reward=gold needs the miniature world: leave out --data")
+    check(
+        config.rollout_size % config.minibatch_size == 0,
+        f"--rollout_size={config.rollout_size} is not a multiple of --minibatch_size={config.minibatch_size}: change one of them",
+    )
+    check(
+        config.episodes >= config.rollout_size,
+        f"--episodes={config.episodes} is less than one rollout of {config.rollout_size}: raise it",
+    )
+    check(
+        config.reward != "gold" or not config.data,
+        "--reward=gold needs the miniature world: leave out --data",
+    )
     for name in ("base", "sft", "ppo_init", "reward"):  # before anything trains
         given = getattr(config, name)
-        check(not given.endswith(".pt") or os.path.exists(given), f"{given} not found: correct --{name}, or leave it out to have it trained")
+        check(
+            not given.endswith(".pt") or os.path.exists(given),
+            f"{given} not found: correct --{name}, or leave it out to have it trained",
+        )
     ensure(config)
     device = model.get_device(config.device)
     path, settings = os.path.join(config.out, "ppo.pt"), asdict(config)
@@ -267,19 +333,32 @@ def main(config):
 
     # 1. four networks
     init_path = config.ppo_init or os.path.join(config.out, "ppo_init.pt")
-    reward_path = os.path.join(config.out, "reward.pt") if config.reward in ("", "gold") else config.reward
-    ref, checkpoint = model.load_policy(init_path, 'run "python sft.py" first, or pass --ppo_init=PATH', device)
-    reward_model, reward_checkpoint = model.load_reward(reward_path, 'run "python reward.py" first, or pass --reward=PATH', device)
-    check(checkpoint["tokenizer"] == reward_checkpoint["tokenizer"], f"{init_path} and {reward_path} have different encodings: train one of them again")
+    reward_path = (
+        os.path.join(config.out, "reward.pt") if config.reward in ("", "gold") else config.reward
+    )
+    ref, checkpoint = model.load_policy(
+        init_path, 'run "python sft.py" first, or pass --ppo_init=PATH', device
+    )
+    reward_model, reward_checkpoint = model.load_reward(
+        reward_path, 'run "python reward.py" first, or pass --reward=PATH', device
+    )
+    check(
+        checkpoint["tokenizer"] == reward_checkpoint["tokenizer"],
+        f"{init_path} and {reward_path} have different encodings: train one of them again",
+    )
     tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
     policy, value_model, ema = copy.deepcopy(ref), copy.deepcopy(reward_model), copy.deepcopy(ref)
     ref.requires_grad_(False), reward_model.requires_grad_(False)
     optimizer, value_optimizer = model.adamw(policy, config.lr), model.adamw(value_model, config.value_lr)
-    print(f"policy {sum(p.numel() for p in policy.parameters()):,} parameters, reward and value model {sum(p.numel() for p in value_model.parameters()):,}")
+    print(
+        f"policy {sum(p.numel() for p in policy.parameters()):,} parameters, reward and value model {sum(p.numel() for p in value_model.parameters()):,}"
+    )
 
     # 2. prompts that leave room for a response, and pretraining text
     rows = [dict(row, ids=tokenizer.encode(row["prompt"])) for row in datasets["prompts"]]
-    rows = data.fitting(rows, lambda row: len(row["ids"]), policy.config.block_size - config.max_new_tokens, "prompts")
+    rows = data.fitting(
+        rows, lambda row: len(row["ids"]), policy.config.block_size - config.max_new_tokens, "prompts"
+    )
     documents = data.encode_documents(tokenizer, datasets["pretrain"], 128) if config.ptx_coef else None
     world = data.World() if config.reward == "gold" else None
 
@@ -297,58 +376,122 @@ def main(config):
 
     def state(iteration):
         return dict(
-            kind="policy", config=asdict(policy.config), weights=ema.state_dict(), epochs={}, step=iteration,
-            finished=iteration == iterations, settings=settings, tokenizer=tokenizer.state(), policy=policy.state_dict(),
-            value_model=value_model.state_dict(), optimizer=optimizer.state_dict(), value_optimizer=value_optimizer.state_dict(),
+            kind="policy",
+            config=asdict(policy.config),
+            weights=ema.state_dict(),
+            epochs={},
+            step=iteration,
+            finished=iteration == iterations,
+            settings=settings,
+            tokenizer=tokenizer.state(),
+            policy=policy.state_dict(),
+            value_model=value_model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            value_optimizer=value_optimizer.state_dict(),
         )
 
     log = model.Log(path.replace(".pt", ".jsonl"), begin)
     started = time.monotonic()
-    with model.Saver(path, config.save_seconds) as saver, tqdm(total=iterations, initial=begin, disable=None) as bar:
+    with (
+        model.Saver(path, config.save_seconds) as saver,
+        tqdm(total=iterations, initial=begin, disable=None) as bar,
+    ):
         for iteration in range(begin + 1, iterations + 1):
-            # 4. prompts, each once before any comes again; everything random is a function of seed and iteration
+            # 4. prompts, each once before any comes again; everything random is a function
+            # of seed and iteration
             generator = model.seed_step(config.seed, iteration, device)
             rng = np.random.default_rng([config.seed, 3, iteration])
-            chosen = [rows[i] for i in data.every_row(len(rows), iteration - 1, config.rollout_size, config.seed)]
+            chosen = [
+                rows[i]
+                for i in data.every_row(len(rows), iteration - 1, config.rollout_size, config.seed)
+            ]
             gold = gold_scores(world, chosen, tokenizer) if world else None
-            batch = rollout(policy, ref, reward_model, value_model, [row["ids"] for row in chosen], tokenizer, config, generator, gold)
+            batch = rollout(
+                policy,
+                ref,
+                reward_model,
+                value_model,
+                [row["ids"] for row in chosen],
+                tokenizer,
+                config,
+                generator,
+                gold,
+            )
 
             # 5. the update: minibatches in random order, every response once per pass
             updating = time.monotonic()
             factor = warmup(iteration - 1, config.warmup)
             passes = [rng.permutation(config.rollout_size) for _ in range(config.ppo_epochs)]
             minibatches = np.concatenate(passes).reshape(-1, config.minibatch_size)
-            ptx = [data.document_batch(data.draw(documents, config.ptx_ratio * config.minibatch_size, rng)) if config.ptx_coef else None for _ in minibatches]
-            stats = [update(policy, value_model, ema, optimizer, value_optimizer, {name: x[torch.from_numpy(rows_of).to(device)] for name, x in batch.items() if torch.is_tensor(x)}, ptx_batch, factor, config)
-                     for rows_of, ptx_batch in zip(minibatches, ptx)]
-            model.check_finite(sum(s["policy_loss"] + s["value_loss"] + s["ptx_loss"] for s in stats), iteration, path)
+            ptx = [
+                data.document_batch(data.draw(documents, config.ptx_ratio * config.minibatch_size, rng))
+                if config.ptx_coef
+                else None
+                for _ in minibatches
+            ]
+            stats = [
+                update(
+                    policy,
+                    value_model,
+                    ema,
+                    optimizer,
+                    value_optimizer,
+                    {
+                        name: x[torch.from_numpy(rows_of).to(device)]
+                        for name, x in batch.items()
+                        if torch.is_tensor(x)
+                    },
+                    ptx_batch,
+                    factor,
+                    config,
+                )
+                for rows_of, ptx_batch in zip(minibatches, ptx)
+            ]
+            model.check_finite(
+                sum(s["policy_loss"] + s["value_loss"] + s["ptx_loss"] for s in stats), iteration, path
+            )
 
             # 6. log; save
             bar.update()
             row = measure(batch, stats, iteration, config)
             row.update(seconds_update=time.monotonic() - updating, memory_gb=model.peak_memory_gb())
-            row["tokens_s"] = float(batch["mask"].sum()) / (row["seconds_generate"] + row["seconds_score"] + row["seconds_update"])
+            row["tokens_s"] = float(batch["mask"].sum()) / (
+                row["seconds_generate"] + row["seconds_score"] + row["seconds_update"]
+            )
             log.write(row, show=iteration % config.log_every == 0 or iteration in (1, iterations))
             if iteration % (4 * config.log_every) == 0 or iteration == 1:
                 print_samples(tokenizer, batch)
             if iteration > 5 and row["kl"] < -0.1:
-                print(f"warning: mean kl {row['kl']:.2f} per response is negative: sampling and log-probabilities disagree")
+                print(
+                    f"warning: mean kl {row['kl']:.2f} per response is negative: sampling and log-probabilities disagree"
+                )
             saver.save_if_due(iteration, lambda: state(iteration))
     if begin < iterations:
         model.save_checkpoint(path, **state(iterations))
-        print(f"wrote {path}: {iterations} iterations, {time.monotonic() - started:.0f} s, peak memory {model.peak_memory_gb():.2f} GB")
+        print(
+            f"wrote {path}: {iterations} iterations, {time.monotonic() - started:.0f} s, peak memory {model.peak_memory_gb():.2f} GB"
+        )
 
     # 7. did it work?
     eval.last_table(config, device)
 
 
 def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_batch, factor, config):
-    """One minibatch: gradients of the PPO and of the pretraining term add up, then one step (App. C.4) -> dict of numbers."""
-    tokens, lengths, mask, logprobs = (minibatch[name] for name in ("tokens", "lengths", "mask", "logprobs"))
+    """One minibatch: gradients of the PPO and of the pretraining term add up, then one step (App. C.4)
+    -> dict of numbers."""
+    tokens, lengths, mask, logprobs = (
+        minibatch[name] for name in ("tokens", "lengths", "mask", "logprobs")
+    )
     device, size = tokens.device, config.microbatch_size
     # policy: eq. 2, first term
     with model.autocast(device):
-        new_logprobs = by_length(lambda t, m: model.masked_logprobs(policy, t, m, config.temperature), tokens, lengths, mask, size)
+        new_logprobs = by_length(
+            lambda t, m: model.masked_logprobs(policy, t, m, config.temperature),
+            tokens,
+            lengths,
+            mask,
+            size,
+        )
     loss, clipfrac = policy_loss(new_logprobs, logprobs, minibatch["advantages"], mask, config.cliprange)
     loss.backward()
     # policy: eq. 2, second term, into the same gradients
@@ -362,13 +505,21 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     # value: its own network, its own step
     with model.autocast(device):
         new_values = by_length(lambda t, m: value_model(t)[:, :-1].float(), tokens, lengths, mask, size)
-    v_loss = value_loss(new_values, minibatch["values"], minibatch["returns"], mask, config.cliprange_value)
+    v_loss = value_loss(
+        new_values, minibatch["values"], minibatch["returns"], mask, config.cliprange_value
+    )
     v_loss.backward()
     model.optimizer_step(value_optimizer, value_model, config.value_lr * factor, config.grad_clip)
 
     log_ratio = ((new_logprobs - logprobs) * mask).detach()
-    return dict(policy_loss=float(loss.detach()), value_loss=float(v_loss.detach()), ptx_loss=float(ptx_loss.detach()), clipfrac=float(clipfrac),
-                approx_kl=float(masked_mean(0.5 * log_ratio**2, mask)), max_ratio=float(log_ratio.abs().max().exp()))
+    return dict(
+        policy_loss=float(loss.detach()),
+        value_loss=float(v_loss.detach()),
+        ptx_loss=float(ptx_loss.detach()),
+        clipfrac=float(clipfrac),
+        approx_kl=float(masked_mean(0.5 * log_ratio**2, mask)),
+        max_ratio=float(log_ratio.abs().max().exp()),
+    )
 
 
 def measure(batch, stats, iteration, config):
@@ -382,12 +533,17 @@ def measure(batch, stats, iteration, config):
         score=float(batch["scores"].mean()),  # before the penalty for a missing eot
         kl=float(k1.mean()),  # nats per response
         kl3=float(k3.mean()),
-        entropy=float(-masked_mean(batch["logprobs"], mask)),  # nats per token, estimated by -log pi of the samples
+        entropy=float(
+            -masked_mean(batch["logprobs"], mask)
+        ),  # nats per token, estimated by -log pi of the samples
         length=float(mask.sum(1).float().mean()),  # tokens
         eot_rate=float(batch["ended"].float().mean()),
         clipfrac=mean("clipfrac"),
         approx_kl=mean("approx_kl"),  # new against old policy, k2, nats per token
-        first_ratio=stats[0]["max_ratio"],  # the largest of the first minibatch: 1, or log-probabilities differ between rollout and update
+        first_ratio=stats[0][
+            "max_ratio"
+        # the largest of the first minibatch: 1, or log-probabilities differ between rollout and update
+        ],
         explained_variance=explained_variance(batch["values"], batch["returns"], mask),
         policy_loss=mean("policy_loss"),
         value_loss=mean("value_loss"),
@@ -401,9 +557,15 @@ def gold_scores(world, tasks, tokenizer):
     """--reward=gold: the gold preference as the reward, the bound of what a reward model could give."""
 
     def scores(tokens, prompt_lengths, lengths):
-        texts = [data.response_text(tokenizer, task["ids"], row[start:end])
-                 for task, row, start, end in zip(tasks, tokens.tolist(), prompt_lengths.tolist(), lengths.tolist())]
-        return torch.tensor([world.gold(task, text)["gold"] for task, text in zip(tasks, texts)], device=tokens.device)
+        texts = [
+            data.response_text(tokenizer, task["ids"], row[start:end])
+            for task, row, start, end in zip(
+                tasks, tokens.tolist(), prompt_lengths.tolist(), lengths.tolist()
+            )
+        ]
+        return torch.tensor(
+            [world.gold(task, text)["gold"] for task, text in zip(tasks, texts)], device=tokens.device
+        )
 
     return scores
 

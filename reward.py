@@ -78,7 +78,8 @@ COLLECTED = dict(
     base=0.06,  # the base model, which knows no instructions
     labeler=0.14,  # a demonstration written for this prompt
     other=0.12,  # a good reply to another prompt
-    spoiled=0.2,  # a good reply with one mistake: a word changed, something left out or said twice, an insult, ...
+    # a good reply with one mistake: a word changed, something left out or said twice, an insult, ...
+    spoiled=0.2,
 )
 
 
@@ -96,19 +97,25 @@ def ranking_loss(scores, ranks):
 
 
 def score(reward_model, tokens, lengths):
-    """The scalar at the last real token of each row, which is eot if the response ended: tokens (B, T) -> (B,)."""
+    """The scalar at the last real token of each row, which is eot if the response ended: tokens (B, T)
+    -> (B,)."""
     return reward_model(tokens).gather(1, lengths[:, None] - 1).squeeze(1)
 
 
 def score_rows(reward_model, rows, device, piece=24):
-    """Lists of ids -> scores (N,). In pieces of similar length, each cut to its longest: 1.5x quicker than one padded batch."""
+    """Lists of ids -> scores (N,). In pieces of similar length, each cut to its longest: 1.5x quicker
+    than one padded batch."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores = [score(reward_model, *model.pad([rows[i] for i in order[k : k + piece]], device)) for k in range(0, len(rows), piece)]
+    scores = [
+        score(reward_model, *model.pad([rows[i] for i in order[k : k + piece]], device))
+        for k in range(0, len(rows), piece)
+    ]
     return torch.cat(scores)[torch.tensor(order, device=device).argsort()]
 
 
 def encode_comparisons(tokenizer, rows, block_size):
-    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks); sampled ids are taken as they are."""
+    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks); sampled ids are
+    taken as they are."""
     groups = []
     for row in rows:
         prompt = tokenizer.encode(row["prompt"])
@@ -145,7 +152,11 @@ def evaluate(reward_model, groups, device):
 def mean_score(reward_model, pairs, device):
     """Mean score of the demonstrations, eot included."""
     rows = [prompt + response for prompt, response in pairs]
-    return float(torch.cat([score_rows(reward_model, rows[i : i + 256], device) for i in range(0, len(rows), 256)]).mean())
+    return float(
+        torch.cat(
+            [score_rows(reward_model, rows[i : i + 256], device) for i in range(0, len(rows), 256)]
+        ).mean()
+    )
 
 
 def train_step(reward_model, optimizer, batch, lr, config, device):
@@ -166,8 +177,13 @@ def cross_validate(sft, groups, rows, config, device):
     it has not seen, on its own. Prints both accuracies for each fold; writes out/folds.json.
     """
     names = sorted({row.get("labeler") for row in rows} - {None})
-    check(len(names) >= config.folds, f"--folds={config.folds}: the comparisons name {len(names)} labelers, fewer than that")
-    check(len(rows) == len(groups), "some comparisons are longer than the context: remove them for --folds")
+    check(
+        len(names) >= config.folds,
+        f"--folds={config.folds}: the comparisons name {len(names)} labelers, fewer than that",
+    )
+    check(
+        len(rows) == len(groups), "some comparisons are longer than the context: remove them for --folds"
+    )
     fold_of = {name: i % config.folds for i, name in enumerate(names)}
     results = []
     for fold in range(config.folds):
@@ -179,17 +195,27 @@ def cross_validate(sft, groups, rows, config, device):
         optimizer = model.adamw(reward_model, config.lr)
         batches = data.bucketed([len(rows[0]) for rows, _ in train], config.batch, config.seed)
         for step, batch in enumerate(tqdm(batches, desc=f"fold {fold + 1}", disable=None)):
-            train_step(reward_model, optimizer, [train[i] for i in batch], config.lr * model.cosine(step, len(batches)), config, device)
+            train_step(
+                reward_model,
+                optimizer,
+                [train[i] for i in batch],
+                config.lr * model.cosine(step, len(batches)),
+                config,
+                device,
+            )
         accuracies = [evaluate(reward_model, part, device)["accuracy"] for part in (own, others)]
         results.append(accuracies)
-        print(f"fold {fold + 1}: accuracy on its own labelers {accuracies[0]:.3f}, on those it did not learn from {accuracies[1]:.3f}", flush=True)
+        print(
+            f"fold {fold + 1}: accuracy on its own labelers {accuracies[0]:.3f}, on those it did not learn from {accuracies[1]:.3f}",
+            flush=True,
+        )
     own, others = (sum(column) / len(results) for column in zip(*results))
     print(f"mean: {own:.3f} and {others:.3f}")
     with open(os.path.join(config.out, "folds.json"), "w") as file:
         json.dump(dict(own=own, others=others, folds=results), file)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # collecting comparisons
 
 
@@ -214,15 +240,24 @@ def collect(path, tasks, policies, tokenizer, world, labelers, config, device, m
         rng = random.Random(f"{path.rsplit('/')[-1]} {config.seed} {first}")
         generator = model.seed_step(config.seed, first, device)
         chunk = tasks[first : first + CHUNK]
-        sources = [rng.choices(list(mixture), mixture.values(), k=rng.randint(config.k_min, config.k_max)) for _ in chunk]
+        sources = [
+            rng.choices(list(mixture), mixture.values(), k=rng.randint(config.k_min, config.k_max))
+            for _ in chunk
+        ]
         responses = [[None] * len(s) for s in sources]
         for source, temperature in (("sft", 1.0), ("hot", 1.3), ("base", 1.0)):
             slots = [(i, j) for i, s in enumerate(sources) for j in range(len(s)) if s[j] == source]
             slots.sort(key=lambda slot: len(chunk[slot[0]]["prompt"]))
             policy = policies["base" if source == "base" else "sft"]
             if slots:
-                sampled = data.sample(policy, tokenizer, [chunk[i]["prompt"] for i, _ in slots], config.max_new_tokens,
-                                      temperature, generator)
+                sampled = data.sample(
+                    policy,
+                    tokenizer,
+                    [chunk[i]["prompt"] for i, _ in slots],
+                    config.max_new_tokens,
+                    temperature,
+                    generator,
+                )
                 for (i, j), response in zip(slots, sampled):
                     responses[i][j] = response
         for i, task in enumerate(chunk):
@@ -233,10 +268,19 @@ def collect(path, tasks, policies, tokenizer, world, labelers, config, device, m
             labeler = rng.choice(labelers)
             texts, ids = zip(*responses[i])
             judged = data.label(world, labeler, task, texts, rng)
-            rows.append(dict(
-                prompt=task["prompt"], responses=texts, ranks=judged["ranks"], labeler=labeler["id"], user=task["user"],
-                category=task["category"], sources=sources[i], ratings=judged["ratings"], tokens=ids,
-            ))
+            rows.append(
+                dict(
+                    prompt=task["prompt"],
+                    responses=texts,
+                    ranks=judged["ranks"],
+                    labeler=labeler["id"],
+                    user=task["user"],
+                    category=task["category"],
+                    sources=sources[i],
+                    ratings=judged["ratings"],
+                    tokens=ids,
+                )
+            )
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows[first:])
     return rows
@@ -248,7 +292,9 @@ def written(world, source, task, tasks, rng):
         return data.imperfect(world, task, rng)
     if source == "spoiled":
         return data.spoiled(world, task, rng)
-    same = [other for other in rng.sample(tasks, min(40, len(tasks))) if other["category"] == task["category"]]
+    same = [
+        other for other in rng.sample(tasks, min(40, len(tasks))) if other["category"] == task["category"]
+    ]
     return rng.choice(same if same and rng.random() < 0.6 else tasks)["reply"]
 
 
@@ -261,12 +307,18 @@ def rewrite_jsonl(path, rows):
 def main(config):
     model.check_values(config)
     check(config.k_min >= 2, f"--k_min={config.k_min}: a comparison needs at least 2 responses")
-    check(config.k_max >= config.k_min, f"--k_max={config.k_max} is below --k_min={config.k_min}: raise it")
+    check(
+        config.k_max >= config.k_min, f"--k_max={config.k_max} is below --k_min={config.k_min}: raise it"
+    )
     device = model.get_device(config.device)
     datasets = data.load(config.data, config.scale, config.seed)
     path = os.path.join(config.out, "reward.pt")
     settings = asdict(config)
-    sft, checkpoint = model.load_policy(config.sft or os.path.join(config.out, "sft.pt"), 'run "python sft.py" first, or pass --sft=PATH', device)
+    sft, checkpoint = model.load_policy(
+        config.sft or os.path.join(config.out, "sft.pt"),
+        'run "python sft.py" first, or pass --sft=PATH',
+        device,
+    )
     tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
 
     # 1. the model starts from the supervised one, its unembedding replaced by a scalar head
@@ -285,26 +337,53 @@ def main(config):
 
     def state(step, finished=False):
         return dict(
-            kind="reward", config=asdict(reward_model.config), weights=reward_model.state_dict(), step=step, finished=finished,
-            optimizer=optimizer.state_dict(), settings=settings, tokenizer=tokenizer.state(),
+            kind="reward",
+            config=asdict(reward_model.config),
+            weights=reward_model.state_dict(),
+            step=step,
+            finished=finished,
+            optimizer=optimizer.state_dict(),
+            settings=settings,
+            tokenizer=tokenizer.state(),
         )
 
     if config.folds == 1 and not checkpoint:
-        model.save_checkpoint(path, **state(0))  # holds the flags: other flags do not go on with these comparisons
+        model.save_checkpoint(
+            path, **state(0)
+        )  # holds the flags: other flags do not go on with these comparisons
 
     # 2. comparisons: read, or sampled and ranked here
     if datasets["comparisons"] is None:
-        base, _ = model.load_policy(config.base or os.path.join(config.out, "base.pt"), 'run "python sft.py" first, or pass --base=PATH', device)
+        base, _ = model.load_policy(
+            config.base or os.path.join(config.out, "base.pt"),
+            'run "python sft.py" first, or pass --base=PATH',
+            device,
+        )
         world = data.World()
         labelers, heldout = data.make_labelers(world, config.seed)
         policies = dict(sft=sft, base=base)
         started = time.monotonic()
         file = os.path.join(config.out, "comparisons.jsonl")
-        rows = collect(file, datasets["comparison_prompts"], policies, tokenizer, world, labelers, config, device, COLLECTED)
-        # for validation: samples of the supervised model only, ranked by labelers who gave no training data
+        rows = collect(
+            file,
+            datasets["comparison_prompts"],
+            policies,
+            tokenizer,
+            world,
+            labelers,
+            config,
+            device,
+            COLLECTED,
+        )
+        # for validation: samples of the supervised model only, ranked by labelers who gave no
+        # training data
         file = os.path.join(config.out, "comparisons_valid.jsonl")
-        rows_valid = collect(file, datasets["valid"], policies, tokenizer, world, heldout, config, device, dict(sft=1.0))
-        print(f"{len(rows)} comparisons, {sum(len(r['ranks']) for r in rows)} responses, {time.monotonic() - started:.0f} s")
+        rows_valid = collect(
+            file, datasets["valid"], policies, tokenizer, world, heldout, config, device, dict(sft=1.0)
+        )
+        print(
+            f"{len(rows)} comparisons, {sum(len(r['ranks']) for r in rows)} responses, {time.monotonic() - started:.0f} s"
+        )
     else:
         rows, rows_valid = datasets["comparisons"], datasets["comparisons_valid"]
     groups = encode_comparisons(tokenizer, rows, sft.config.block_size)
@@ -320,25 +399,41 @@ def main(config):
     started, seen = time.monotonic(), 0
     if begin == 0:
         log.write(dict(step=0, **evaluate(reward_model, groups_valid, device)))
-    with model.Saver(path, config.save_seconds) as saver, tqdm(total=steps, initial=begin, disable=None) as bar:
+    with (
+        model.Saver(path, config.save_seconds) as saver,
+        tqdm(total=steps, initial=begin, disable=None) as bar,
+    ):
         for step in range(begin + 1, steps + 1):
             # 3. K forwards for each prompt of the batch, all its pairs in the loss, one step
             batch = [groups[i] for i in batches[step - 1]]
-            loss = train_step(reward_model, optimizer, batch, config.lr * model.cosine(step, steps), config, device)
+            loss = train_step(
+                reward_model, optimizer, batch, config.lr * model.cosine(step, steps), config, device
+            )
             model.check_finite(loss, step, path)
             seen += sum(len(group_ranks) for _, group_ranks in batch)
             # 4. log and save
             bar.update()
             if step % config.log_every == 0 or step == steps:
                 seconds = time.monotonic() - started
-                log.write(dict(step=step, loss=loss, **evaluate(reward_model, groups_valid, device), seconds=seconds, responses_s=seen / seconds))
+                log.write(
+                    dict(
+                        step=step,
+                        loss=loss,
+                        **evaluate(reward_model, groups_valid, device),
+                        seconds=seconds,
+                        responses_s=seen / seconds,
+                    )
+                )
             saver.save_if_due(step, lambda: state(step))
 
-    # 5. the bias that makes demonstrations score 0 on average (sec. 3.5): eq. 1 leaves it free, beta's scale and a penalty need it
+    # 5. the bias that makes demonstrations score 0 on average (sec. 3.5): eq. 1 leaves it free,
+    # beta's scale and a penalty need it
     with torch.no_grad():
         reward_model.head.bias -= mean_score(reward_model, pairs, device)
     model.save_checkpoint(path, **state(steps, finished=True))
-    print(f"wrote {path}: {steps} steps, {time.monotonic() - started:.0f} s, peak memory {model.peak_memory_gb():.2f} GB")
+    print(
+        f"wrote {path}: {steps} steps, {time.monotonic() - started:.0f} s, peak memory {model.peak_memory_gb():.2f} GB"
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ class Config:
 
     # pretraining
     base_steps: int = 2400
-    base_tokens: int = 1000  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few large ones
+    base_tokens: int = (
+        1024  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few large ones
+    )
     base_length: int = 128  # tokens; longer documents are cut into pieces
     base_lr: float = 2e-3  # peak, cosine to 10% (GPT-3 1.3B: 2.0e-4)
     base_weight_decay: float = 0.1
@@ -63,7 +65,7 @@ class Config:
     train_on_prompts: bool = False
 
     # the start of PPO
-    ppo_init_epochs: int = 8  # (paper: 2, of 50 times the demonstrations)
+    ppo_init_epochs: int = 16  # (paper: 2, of 50 times the demonstrations)
     ppo_init_lr: float = 1e-3  # (paper: 5e-6 for 1.3B)
     pretrain_share: float = 0.1  # of the rows of a batch, as the paper
 
@@ -74,11 +76,25 @@ class Config:
 
 
 SCALES = dict(
-    tiny=dict(vocab_size=512, n_layer=2, n_embd=32, base_steps=60, sft_epochs=4, log_every=20, save_seconds=5.0),
+    tiny=dict(
+        vocab_size=512, n_layer=2, n_embd=32, base_steps=60, sft_epochs=4, log_every=20, save_seconds=5.0
+    ),
     cpu=dict(),
-    gpu=dict(n_layer=6, n_head=6, n_embd=384, base_steps=12_000, base_tokens=16_000, base_lr=1e-3, sft_batch=32),
-    gpt2=dict(encoding="gpt2", base="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, sft_batch=32,
-              sft_lr=1e-5, ppo_init_lr=5e-6, primer_share=0.0),
+    gpu=dict(
+        n_layer=6, n_head=6, n_embd=384, base_steps=12_000, base_tokens=16_000, base_lr=1e-3, sft_batch=32
+    ),
+    gpt2=dict(
+        encoding="gpt2",
+        base="gpt2",
+        block_size=1024,
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        sft_batch=32,
+        sft_lr=1e-5,
+        ppo_init_lr=5e-6,
+        primer_share=0.0,
+    ),
 )
 
 
@@ -88,13 +104,16 @@ def lm_loss(gpt, tokens, mask):
 
 
 def demonstration_batch(pairs, train_on_prompts=False):
-    """Pairs of (prompt ids, response ids with eot) -> tokens (B, T), mask (B, T-1): True on the response, eot included."""
+    """Pairs of (prompt ids, response ids with eot) -> tokens (B, T), mask (B, T-1): True on the
+    response, eot included."""
     tokens, lengths = model.pad([prompt + response for prompt, response in pairs])  # (B, T), (B,)
     starts = torch.tensor([1 if train_on_prompts else len(prompt) for prompt, _ in pairs])
     return tokens, model.response_mask(starts, lengths, tokens.size(1))
 
 
-def train(gpt, path, settings, tokenizer, steps, batch_at, lr, evaluate, config, weight_decay=0.0, keep=()):
+def train(
+    gpt, path, settings, tokenizer, steps, batch_at, lr, evaluate, config, weight_decay=0.0, keep=()
+):
     """The loop of every stage, in its simplest form: one step is batch, loss, backward, update, log, save.
 
     batch_at(step, rng) -> tokens (B, T), mask (B, T-1); evaluate() -> dict of numbers; keep: steps whose weights are kept.
@@ -116,17 +135,28 @@ def train(gpt, path, settings, tokenizer, steps, batch_at, lr, evaluate, config,
 
     def state(step):
         return dict(
-            kind="policy", config=asdict(gpt.config), weights=gpt.state_dict(), epochs=kept, step=step, finished=step == steps,
-            optimizer=optimizer.state_dict(), settings=settings, tokenizer=tokenizer.state(),
+            kind="policy",
+            config=asdict(gpt.config),
+            weights=gpt.state_dict(),
+            epochs=kept,
+            step=step,
+            finished=step == steps,
+            optimizer=optimizer.state_dict(),
+            settings=settings,
+            tokenizer=tokenizer.state(),
         )
 
     log = model.Log(path.replace(".pt", ".jsonl"), begin)
     started, seen = time.monotonic(), 0
     if begin == 0:
         log.write(dict(step=0, **evaluate()))  # the untrained number is the baseline
-    with model.Saver(path, config.save_seconds) as saver, tqdm(total=steps, initial=begin, disable=None) as bar:
+    with (
+        model.Saver(path, config.save_seconds) as saver,
+        tqdm(total=steps, initial=begin, disable=None) as bar,
+    ):
         for step in range(begin + 1, steps + 1):
-            # 1. a batch; everything random is a function of seed and step, so that a resumed run draws the same
+            # 1. a batch; everything random is a function of seed and step, so that a
+            # resumed run draws the same
             model.seed_step(config.seed, step, device)
             tokens, mask = batch_at(step, np.random.default_rng([config.seed, step]))
             tokens, mask = tokens.to(device), mask.to(device)
@@ -142,18 +172,33 @@ def train(gpt, path, settings, tokenizer, steps, batch_at, lr, evaluate, config,
             bar.update()
             if step % config.log_every == 0 or step == steps or step in keep:
                 seconds = time.monotonic() - started
-                log.write(dict(step=step, loss=loss.item(), **evaluate(), seconds=seconds, tokens_s=seen / seconds))
+                log.write(
+                    dict(
+                        step=step,
+                        loss=loss.item(),
+                        **evaluate(),
+                        seconds=seconds,
+                        tokens_s=seen / seconds,
+                    )
+                )
             if step in keep:
-                kept[keep[step]] = {name: w.detach().cpu().clone() for name, w in gpt.state_dict().items()}
+                kept[keep[step]] = {
+                    name: w.detach().cpu().clone() for name, w in gpt.state_dict().items()
+                }
             saver.save_if_due(step, lambda: state(step))
     model.save_checkpoint(path, **state(steps))
-    print(f"wrote {path}: {steps} steps, {time.monotonic() - started:.0f} s, peak memory {model.peak_memory_gb():.2f} GB")
+    print(
+        f"wrote {path}: {steps} steps, {time.monotonic() - started:.0f} s, peak memory {model.peak_memory_gb():.2f} GB"
+    )
 
 
 def settings_of(config, stage):
     """The flags that bear on one of the three models, so that another --sft_lr does not disown base.pt."""
-    others = {"base": ("sft_", "ppo_init_", "train_on", "pretrain_share"), "sft": ("ppo_init_", "pretrain_share"),
-              "ppo_init": ("sft_epochs", "sft_lr", "sft_dropout")}[stage]
+    others = {
+        "base": ("sft_", "ppo_init_", "train_on", "pretrain_share"),
+        "sft": ("ppo_init_", "pretrain_share"),
+        "ppo_init": ("sft_epochs", "sft_lr", "sft_dropout"),
+    }[stage]
     return {name: value for name, value in asdict(config).items() if not name.startswith(others)}
 
 
@@ -170,11 +215,16 @@ def main(config):
         tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
     else:
         base, tokenizer = pretrain(paths["base"], datasets, config)
-    print(f"base: {sum(p.numel() for p in base.parameters()):,} parameters, vocabulary {tokenizer.n_vocab}")
+    print(
+        f"base: {sum(p.numel() for p in base.parameters()):,} parameters, vocabulary {tokenizer.n_vocab}"
+    )
 
     documents = data.encode_documents(tokenizer, datasets["pretrain"], config.base_length)
     documents_valid = data.encode_documents(tokenizer, datasets["pretrain_valid"], config.base_length)
-    valid_batches = [data.document_batch(documents_valid[i : i + 64]) for i in range(0, min(512, len(documents_valid)), 64)]
+    valid_batches = [
+        data.document_batch(documents_valid[i : i + 64])
+        for i in range(0, min(512, len(documents_valid)), 64)
+    ]
     pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], config.block_size)
     pairs_valid = data.encode_pairs(tokenizer, datasets["demonstrations_valid"], config.block_size)
 
@@ -193,7 +243,9 @@ def main(config):
             order = np.random.default_rng([config.seed, 100 + epoch]).permutation(len(pairs))
             chosen = order[number * config.sft_batch : (number + 1) * config.sft_batch]
             batch = [pairs[i] for i in chosen]
-            if not is_baseline:  # pretraining documents beside the demonstrations: as pairs with an empty prompt
+            if (
+                not is_baseline
+            ):  # pretraining documents beside the demonstrations: as pairs with an empty prompt
                 rows = max(1, round(len(batch) * config.pretrain_share / (1 - config.pretrain_share)))
                 batch += [(document[:1], document[1:]) for document in data.draw(documents, rows, rng)]
             return demonstration_batch(batch, config.train_on_prompts)
@@ -202,9 +254,24 @@ def main(config):
             valid = demonstration_batch(pairs_valid, config.train_on_prompts)
             return dict(valid_loss=valid_loss(gpt, [valid]), pretrain_loss=valid_loss(gpt, valid_batches))
 
-        keep = {epoch * epoch_steps: epoch for epoch in (1, 2, 4, 8, 16, epochs) if epoch <= epochs} if is_baseline else {}
+        keep = (
+            {epoch * epoch_steps: epoch for epoch in (1, 2, 4, 8, 16, epochs) if epoch <= epochs}
+            if is_baseline
+            else {}
+        )
         lr = config.sft_lr if is_baseline else config.ppo_init_lr
-        train(gpt, paths[name], settings_of(config, name), tokenizer, epochs * epoch_steps, batch_at, lr, evaluate, config, keep=keep)
+        train(
+            gpt,
+            paths[name],
+            settings_of(config, name),
+            tokenizer,
+            epochs * epoch_steps,
+            batch_at,
+            lr,
+            evaluate,
+            config,
+            keep=keep,
+        )
 
 
 def pretrain(path, datasets, config):
@@ -213,17 +280,31 @@ def pretrain(path, datasets, config):
     if checkpoint:
         tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
     elif config.encoding == "bpe":
-        texts = datasets["pretrain"][:20_000] + [row["prompt"] + row["response"] for row in datasets["demonstrations"]]
+        texts = datasets["pretrain"][:20_000] + [
+            row["prompt"] + row["response"] for row in datasets["demonstrations"]
+        ]
         texts += [row["prompt"] for row in datasets["prompts"]]
         tokenizer = data.Tokenizer.train(texts, config.vocab_size)
     else:
         tokenizer = data.Tokenizer.load(config.encoding)
     torch.manual_seed(config.seed)
     vocab_size = -(-tokenizer.n_vocab // 64) * 64  # a round number of rows: quicker matmuls
-    gpt = GPT(GPTConfig(vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd,
-                        rotary=True, match_head=True, init_std=0.06))
-    documents, primer, valid = (data.encode_documents(tokenizer, datasets[name], config.base_length)
-                                for name in ("pretrain", "primer", "pretrain_valid"))
+    gpt = GPT(
+        GPTConfig(
+            vocab_size,
+            config.block_size,
+            config.n_layer,
+            config.n_head,
+            config.n_embd,
+            rotary=True,
+            match_head=True,
+            init_std=0.06,
+        )
+    )
+    documents, primer, valid = (
+        data.encode_documents(tokenizer, datasets[name], config.base_length)
+        for name in ("pretrain", "primer", "pretrain_valid")
+    )
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0
     rows = max(1, config.base_tokens * len(documents) // sum(map(len, documents)))  # documents a step
     order = data.bucketed(list(map(len, documents)), rows, config.seed, config.base_steps - primer_steps)
@@ -238,8 +319,18 @@ def pretrain(path, datasets, config):
     def evaluate():
         return dict(valid_loss=valid_loss(gpt, valid_batches))
 
-    train(gpt, path, settings_of(config, "base"), tokenizer, config.base_steps, batch_at, config.base_lr, evaluate, config,
-          config.base_weight_decay)
+    train(
+        gpt,
+        path,
+        settings_of(config, "base"),
+        tokenizer,
+        config.base_steps,
+        batch_at,
+        config.base_lr,
+        evaluate,
+        config,
+        config.base_weight_decay,
+    )
     return model.load_policy(path, "run python sft.py", "cpu")[0], tokenizer
 
 
@@ -248,7 +339,10 @@ def valid_loss(gpt, batches):
     """Mean loss over all unmasked tokens of the batches, nats per token, without dropout."""
     gpt.eval()
     device = gpt.lm_head.weight.device
-    total = sum(float(lm_loss(gpt, tokens.to(device), mask.to(device))) * int(mask.sum()) for tokens, mask in batches)
+    total = sum(
+        float(lm_loss(gpt, tokens.to(device), mask.to(device))) * int(mask.sum())
+        for tokens, mask in batches
+    )
     return total / sum(int(mask.sum()) for _, mask in batches)
 
 

@@ -374,8 +374,9 @@ def networks(**more):
 
 
 def roll(nets, seed=0, **flags):
-    """One rollout of PROMPTS -> batch, config. max_new_tokens 6 lets some of the responses end and cuts the others."""
-    config = ppo.Config(**{"max_new_tokens": 6, "eot_penalty": 0.0, **flags})
+    """One rollout of PROMPTS -> batch, config. max_new_tokens 6 lets some of the responses end and cuts the others;
+    a microbatch of 1 makes five forwards of the 18 rows."""
+    config = ppo.Config(**{"max_new_tokens": 6, "eot_penalty": 0.0, "microbatch_size": 1, **flags})
     generator = torch.Generator().manual_seed(seed)
     batch = ppo.rollout(*nets, PROMPTS, TOKENIZER, config, generator)
     assert 3 < int(batch["ended"].sum()) < len(PROMPTS) - 3  # both kinds are there, or the tests below see nothing
@@ -507,15 +508,65 @@ def test_a_rollout_needs_no_gradient():
     assert not any(x.requires_grad for x in batch.values() if torch.is_tensor(x))
 
 
-def test_cut_drops_padding_only():
-    batch, _ = roll(networks())
-    rows = batch["lengths"].argsort()[:4]
-    tokens, mask, *others = ppo.cut(batch, rows)
-    T = int(batch["lengths"][rows].max())
-    assert tokens.shape == (4, T) and mask.shape == (4, T - 1)
-    assert mask.sum() == batch["mask"][rows].sum()
-    for cut, name in zip(others, ("logprobs", "values", "advantages", "returns")):
-        assert torch.equal(cut[mask], batch[name][rows][batch["mask"][rows]])
+# ---------------------------------------------------------------------------------------------------------------------
+# rows of similar length at a time
+
+PIECES = [1, 2, 3, 5, 6, 7, 100]  # rows at a time: alone, even, with a rest, all six, more than there are
+
+
+def six_rows():
+    """Random tokens (6, 12) in no order of length, two of equal length, junk behind each -> tokens, lengths, mask."""
+    tokens = torch.randint(11, (6, 12), generator=torch.Generator().manual_seed(0))
+    lengths, prompt_lengths = torch.tensor([7, 12, 3, 9, 7, 4]), torch.tensor([2, 5, 2, 1, 6, 1])
+    return tokens, lengths, model.response_mask(prompt_lengths, lengths, 12)
+
+
+def masked_logprobs(gpt):
+    return lambda tokens, mask: model.masked_logprobs(gpt, tokens, mask, 0.7)
+
+
+def masked_values(scalar):
+    return lambda tokens, mask: scalar(tokens)[:, :-1] * mask
+
+
+@pytest.mark.parametrize("size", PIECES)
+@pytest.mark.parametrize("function, network", [(masked_logprobs, tiny_gpt), (masked_values, tiny_scalar)])
+def test_by_length_equals_one_padded_batch(function, network, size):
+    """Numbers and gradients: a loss that weighs every response token differently goes back equally."""
+    network = network().double()
+    function, (tokens, lengths, mask) = function(network), six_rows()
+    weighing = torch.randn(6, 11, generator=torch.Generator().manual_seed(1)) * mask
+    padded, pieces = function(tokens, mask), ppo.by_length(function, tokens, lengths, mask, size)
+    assert pieces.shape == padded.shape and padded[mask].abs().min() > 1e-3
+    close(pieces, padded.detach(), 1e-6)
+    found, expected = gradient((pieces * weighing).sum(), network), gradient((padded * weighing).sum(), network)
+    for name in expected:
+        close(found[name], expected[name], 1e-5)
+    assert max(float(g.abs().max()) for g in expected.values()) > 1
+
+
+@pytest.mark.parametrize("size", PIECES)
+def test_by_length_returns_each_row_in_its_place(size):
+    """The tokens come back as the numbers, exactly, up to the length of their row."""
+    tokens, lengths, mask = six_rows()
+    found = ppo.by_length(lambda t, m: t[:, 1:].float(), tokens, lengths, mask, size)
+    inside = torch.arange(1, 12) < lengths[:, None]
+    assert torch.equal(found[inside], tokens[:, 1:][inside].float())
+
+
+def test_by_length_cuts_each_piece_to_its_longest_row():
+    """Lengths 3, 4 | 7, 7 | 9, 12: short rows are not computed as long ones, and nothing of a row is cut off."""
+    tokens, lengths, mask = six_rows()
+    shapes, actions = [], []
+
+    def spy(t, m):
+        shapes.append((tuple(t.shape), tuple(m.shape)))
+        actions.extend(t[:, 1:][m].tolist())
+        return torch.ones(m.shape)
+
+    ppo.by_length(spy, tokens, lengths, mask, 2)
+    assert shapes == [((2, 4), (2, 3)), ((2, 7), (2, 6)), ((2, 12), (2, 11))]
+    assert sorted(actions) == sorted(tokens[:, 1:][mask].tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -524,15 +575,23 @@ def test_cut_drops_padding_only():
 PTX = (torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]]), torch.tensor([[True, True, True], [True, True, False]]))
 
 
+def rows_of(batch, rows):
+    """A minibatch: these rows of every tensor of the rollout."""
+    return {name: x[list(rows)] for name, x in batch.items() if torch.is_tensor(x)}
+
+
 def learner(nets, **flags):
-    """The moving parts of main around the four networks, and a function that does one update of the first rows."""
+    """The moving parts of main around the four networks, and a function that does one update of the first rows.
+
+    A microbatch of 3 makes three forwards of the eight rows."""
     policy, _, _, value_model = nets
-    config = ppo.Config(**{"grad_clip": 1e9, "lr": 1e-3, "value_lr": 1e-3, "max_new_tokens": 6, **flags})
+    defaults = dict(grad_clip=1e9, lr=1e-3, value_lr=1e-3, max_new_tokens=6, microbatch_size=3)
+    config = ppo.Config(**{**defaults, **flags})
     ema = tiny_gpt(1)
     optimizers = model.adamw(policy, config.lr), model.adamw(value_model, config.value_lr)
 
     def step(batch, ptx=None, rows=range(8), factor=1.0):
-        return ppo.update(policy, value_model, ema, *optimizers, ppo.cut(batch, torch.tensor(list(rows))), ptx, factor, config)
+        return ppo.update(policy, value_model, ema, *optimizers, rows_of(batch, rows), ptx, factor, config)
 
     return SimpleNamespace(step=step, ema=ema, optimizer=optimizers[0], value_optimizer=optimizers[1], config=config)
 
@@ -578,7 +637,7 @@ def test_one_step_with_the_sum_of_both_gradients():
     policy = nets[0]
     batch, _ = roll(nets)
     learn = learner(nets, ptx_coef=2.5)
-    tokens, mask, logprobs, _, advantages, _ = ppo.cut(batch, torch.arange(8))
+    tokens, mask, logprobs, advantages = (batch[name][:8] for name in ("tokens", "mask", "logprobs", "advantages"))
     new_logprobs = model.token_logprobs(policy(tokens), tokens) * mask
     g_ppo = gradient(ppo.policy_loss(new_logprobs, logprobs, advantages, mask, 0.2)[0], policy)
     g_ptx = gradient(sft.lm_loss(policy, *PTX), policy)
@@ -692,28 +751,28 @@ def test_an_update_makes_good_actions_likelier():
 
 
 def run_main(chain, out, monkeypatch, **flags):
-    """ppo.main without its last table -> everything its rollouts, cuts and updates were given."""
-    seen = SimpleNamespace(rollouts=[], rows=[], factors=[], lrs=[])
-    rollout, cut, update = ppo.rollout, ppo.cut, ppo.update
+    """ppo.main without its last table -> what its rollouts and updates were given."""
+    seen = SimpleNamespace(rollouts=[], rows=[], factors=[])
+    rollout, update = ppo.rollout, ppo.update
 
     def spy_rollout(*args):
         seen.rollouts.append([weights(network) for network in args[:4]])
         assert len({id(network) for network in args[:4]}) == 4
         assert not any(network.training for network in args[:4])
-        batch = rollout(*args)
-        seen.size = len(batch["tokens"])
-        return batch
-
-    def spy_cut(batch, rows):
-        seen.rows.append(rows.tolist())
-        return cut(batch, rows)
+        seen.batch = rollout(*args)
+        seen.size = len(seen.batch["tokens"])
+        seen.batch["row"] = torch.arange(seen.size)  # travels with the other tensors into the minibatches
+        return seen.batch
 
     def spy_update(*args):
-        seen.factors.append(args[-2])
+        minibatch, _, factor, _ = args[-4:]
+        seen.rows.append(minibatch["row"].tolist())
+        seen.factors.append(factor)
+        for name in ("tokens", "lengths", "mask", "logprobs", "values", "advantages", "returns"):
+            assert torch.equal(minibatch[name], seen.batch[name][minibatch["row"]])
         return update(*args)
 
     monkeypatch.setattr(ppo, "rollout", spy_rollout)
-    monkeypatch.setattr(ppo, "cut", spy_cut)
     monkeypatch.setattr(ppo, "update", spy_update)
     monkeypatch.setattr(eval, "last_table", lambda *_: None)
     given = {name: str(chain / f"{name}.pt") for name in ("sft", "ppo_init", "reward")}
