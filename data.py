@@ -3,24 +3,28 @@ The data: text in, batches of ids out (InstructGPT, sec. 3.2 to 3.4 and App. A, 
 
 Three datasets, one for each stage (rows of the folder formats below, here from the miniature world):
 
-    demonstration   {"prompt": "name two animals.\n", "response": "owl and duck."}                        SFT
-    comparison      {"prompt": "name two animals.\n", "responses": ["owl.", "owl and duck."], "ranks": [2, 1]}   reward model
-    prompt          {"prompt": "name two animals.\n"}                                                     PPO
+    SFT            demonstration  {"prompt": "name two animals.\n", "response": "owl and duck."}
+    reward model   comparison     {"prompt": "name two animals.\n",
+                                   "responses": ["owl.", "owl and duck."], "ranks": [2, 1]}
+    PPO            prompt         {"prompt": "name two animals.\n"}
 
-There is no template: a training row is the ids of prompt, response and the stop token eot, one behind the other. If a
-prompt does not end in white space and its response does not begin with it, a new line is put between the two. A padded
-batch of two, and the mask that says which tokens are actions (column t belongs to tokens[:, t + 1], see model.py):
+There is no template: a training row is the ids of prompt, response and the stop token eot, one behind
+the other. If, in a file of --data, a prompt does not end in white space and its response does not begin
+with it, a new line is put between the two. A padded batch of two, and the mask that says which tokens
+are actions (column t belongs to tokens[:, t + 1], see model.py):
 
     tokens (B, T)      name  two  animals  .  \n  owl  and   duck  .    eot        T = 10
                        good  or   bad      ?  \n  bad  .     eot   pad  pad
     mask (B, T-1)          0    0        0  0    1    1     1     1    1
                            0    0        0  0    1    1     1     0    0
 
-Which tokens are trained on? Pretraining: all. SFT: mask. Reward model: none is predicted, its scalar is read at the last
-real token. PPO: mask, and the same mask for kl, rewards, values and advantages. eot is always an action, padding never.
+Which tokens are trained on? Pretraining: all but the first of a row, which is one document. SFT: mask.
+Reward model: none is predicted, its scalar is read at the last real token. PPO: mask, and the same mask
+for kl, rewards, values and advantages. eot is always an action, padding never.
 
-The file in order: tokenizer; the miniature world (its words and patterns are plain text under assets/world); simulated
-labelers; datasets and batches; dataset files; importers (`python data.py import FORMAT FILE.. --out=DIR`).
+The file in order: tokenizer; the miniature world (its words and patterns are plain text under
+assets/world); simulated labelers; the datasets of the world; batches; dataset files; importers
+(`python data.py import FORMAT FILE.. --out=DIR`).
 """
 
 import gzip
@@ -44,17 +48,20 @@ import model
 # tokenizer
 
 EOT = "<|endoftext|>"
-# GPT-2's way to cut text into words, except that every digit is a word and that 'the in quotes is
-# not 't + he. Letters are written [^\W\d_] because two engines read this pattern, Python's when
-# training and tiktoken's when encoding, and only the second knows \p{L}. It matches any character.
+# GPT-2's way to cut text into words, except that every digit is a word and that 'the in quotes is not
+# 't + he. Letters are written [^\W\d_] because two engines read this pattern, Python's when training
+# and tiktoken's when encoding, and only the second knows \p{L}. It matches any character.
 WORD = r"'(?:[sdmt]|ll|ve|re)\b| ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s"
 
 
 class Tokenizer:
     """Text <-> ids, over a tiktoken encoding: "gpt2", or "bpe" with these tokens (bytes, by id).
-    In "bpe" a word is one id wherever it stands: encode() puts a space before the first word of
-    every line, and decode() takes it away (so a line may as well begin with one space as without).
-    Hence decode a prompt and its response together, else the response loses its first space."""
+
+    In "bpe" a word is one id wherever it stands: encode() puts a space before the first word of every
+    line, and decode() takes it away (so a line may as well begin with one space as without). Hence
+    decode a prompt and its response together, else the response loses its first space. Raises
+    SystemExit if the encoding is unknown or cannot be fetched.
+    """
 
     def __init__(self, name, tokens=None):
         self.name, self.tokens = name, tokens
@@ -76,11 +83,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name):
+        """An encoding that tiktoken knows by name. Raises SystemExit."""
         return cls(name)
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Byte-level BPE: 256 bytes, the most frequent merges, and eot; fewer if pairs run out."""
+        """Byte-level BPE: 256 bytes, the most frequent merges, and eot; fewer if pairs run out.
+
+        Raises SystemExit if vocab_size is below 257.
+        """
         if vocab_size < 257:
             raise SystemExit(f"a vocabulary of {vocab_size} is too small: bytes and eot need 257")
         counts = Counter()
@@ -89,6 +100,7 @@ class Tokenizer:
         return cls("bpe", train_bpe(counts, vocab_size - 1))
 
     def state(self):
+        """What a checkpoint holds of a tokenizer: -> dict for from_state."""
         return {"name": self.name, "tokens": self.tokens}
 
     @classmethod
@@ -112,12 +124,13 @@ class Tokenizer:
 
 
 def add_spaces(text):
+    """A space before the first word of every line, unless white space is there."""
     return re.sub(r"(^|\n)(?=\S)", r"\1 ", text)
 
 
 def train_bpe(counts, size):
-    """{word: how often it occurs} -> at most `size` tokens: the bytes, then the most frequent pair
-    of neighbours merged again and again. Only words that hold the pair are counted again."""
+    """{word: how often it occurs} -> at most `size` tokens: the bytes, then the most frequent pair of
+    neighbours merged again and again. Only words that hold the pair are counted again."""
     tokens = [bytes([b]) for b in range(256)]
     # a word is a string with one character chr(id) for each token: replace() merges a pair
     words = [word.encode("utf-8", "replace").decode("latin-1") for word in counts]
@@ -153,16 +166,8 @@ WORLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "worl
 
 # InstructGPT, Table 1: share of each use case among the prompts, per cent
 CATEGORY_SHARES = dict(
-    generation=45.6,
-    open_qa=12.4,
-    brainstorming=11.2,
-    chat=8.4,
-    rewrite=6.6,
-    summarization=4.2,
-    classification=3.5,
-    other=3.5,
-    closed_qa=2.6,
-    extract=1.9,
+    generation=45.6, open_qa=12.4, brainstorming=11.2, chat=8.4, rewrite=6.6, summarization=4.2,
+    classification=3.5, other=3.5, closed_qa=2.6, extract=1.9,
 )
 # kinds of prompts: anything a labeler thinks of; an instruction with examples; a customer's own use
 # case in the same words
@@ -177,12 +182,13 @@ def content(name):
 
 
 def words_of(text):
+    """-> the words, digits and signs of a text."""
     return re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", text)
 
 
 class World:
     """The content of assets/world, ready to expand. Every text comes from a `random.Random` that the
-    caller passes."""
+    caller passes. Raises ValueError for a pattern or a demand that is not known."""
 
     def __init__(self):
         self.classes, self.rules, self.facts, self.blocks, self.pages = {}, {}, [], [], []
@@ -197,16 +203,10 @@ class World:
             if "{subject}" in second:
                 relation, statement, questions = first, second, third.split(" / ")
                 continue
-            self.facts.append(
-                dict(
-                    relation=relation,
-                    statement=statement,
-                    questions=questions,
-                    subject=first,
-                    truth=second,
-                    myth=third,
-                )
-            )
+            self.facts.append(dict(
+                relation=relation, statement=statement, questions=questions,
+                subject=first, truth=second, myth=third,
+            ))
         for line in content("tasks.txt"):
             if line.startswith("["):
                 self.blocks.append(
@@ -224,8 +224,8 @@ class World:
             share, pattern = line.split(" | ", 1)
             self.pages.append((float(share), pattern.replace("\\n", "\n")))
 
-        # what the gold preference reads: the class of each word, every claim that can be made,
-        # every familiar trigram
+        # what the gold preference reads: the class of each word, every claim that can be made, every
+        # familiar trigram
         self.word_class = {w: name for name, words in reversed(self.classes.items()) for w in words}
         self.claims = {}  # sentence -> (subject, relation, is it true)
         for fact in self.facts:
@@ -244,8 +244,8 @@ class World:
         )
 
     def expand(self, pattern, bound, rng):
-        """Fill a pattern: [a|b] choices, {class} words, {rule} lines, {question} and its kin; `bound`
-        keeps what was picked."""
+        """Fill a pattern -> text: [a|b] choices, {class} words, {rule} lines, {question} and its kin;
+        `bound` keeps what was picked."""
         while match := re.search(r"\[([^\[\]]*)\]|\{([a-z_]+)(\d?)\}", pattern):
             filled = (
                 rng.choice(match[1].split("|"))
@@ -256,6 +256,7 @@ class World:
         return pattern
 
     def fill(self, name, digit, bound, rng):
+        """What {name} with an optional digit stands for -> text; `bound` as in expand."""
         key = name + digit
         if key in bound:
             return bound[key]
@@ -280,9 +281,7 @@ class World:
             return "\n".join(t["prompt"] + imperfect(self, t, rng) for t in pairs)
         if name == "rollcall":  # which of these words stand in the text? teaches to look a word up
             return self.rollcall(rng)
-        if (
-            name == "form"
-        ):  # a text and what it speaks of, class by class: teaches to find the word of a kind
+        if name == "form":  # a text and what it speaks of: teaches to find the word of a kind
             return self.form(rng)
         raise ValueError(
             f"assets/world: {{{key}}} is neither a class of words.txt nor a rule of rules.txt"
@@ -290,11 +289,12 @@ class World:
 
     @staticmethod
     def say(fact, value):
+        """The sentence that states a fact, with this value -> text."""
         return fact["statement"].format(subject=fact["subject"], value=value)
 
     def ask(self, rng):
-        """A question on a random fact, its answer, what people say (the misconception three times in
-        four), a false premise."""
+        """A question on a random fact -> dict: question, answer, hearsay (what people say, the
+        misconception three times in four), myth, why (a false premise), fact."""
         # half of the questions are on the facts with a misconception, as TruthfulQA's are
         fact = rng.choice([f for f in self.facts if f["myth"]] if rng.random() < 0.5 else self.facts)
         myth = fact["myth"] or rng.choice(
@@ -311,10 +311,10 @@ class World:
         )
 
     def rollcall(self, rng):
+        """A text and six words: does each stand in it? Teaches to look a word up."""
         bound = {}
-        text = self.expand(
-            rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"]), bound, rng
-        )
+        pattern = rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"])
+        text = self.expand(pattern, bound, rng)
         calls = []
         for _ in range(6):
             name = rng.choice(["name", "animal", "color", "object", "town"])
@@ -324,14 +324,12 @@ class World:
         return text + " " + ", ".join(calls) + "."
 
     def form(self, rng):
-        """A text and what it speaks of, kind by kind."""
+        """A text and what it speaks of, kind by kind, before it or behind it."""
         bound = {}
-        text = self.expand(
-            rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"]), bound, rng
-        )
-        kinds = [
-            kind for kind in ("name", "animal", "color", "object", "town") if bound.get(kind, "-") in text
-        ]
+        pattern = rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"])
+        text = self.expand(pattern, bound, rng)
+        kinds = ["name", "animal", "color", "object", "town"]
+        kinds = [kind for kind in kinds if bound.get(kind, "-") in text]
         rng.shuffle(kinds)
         entries = ", ".join(f"{kind} {bound[kind]}" for kind in kinds)
         return f"{text} {entries}." if rng.random() < 0.5 else f"{entries}:\n{text}"
@@ -339,8 +337,9 @@ class World:
     # -- prompts ------------------------------------------------------------
 
     def task(self, rng, user=None):
-        """One prompt with all that is known about it: category, kind, user, a perfect reply, the
-        demands on a reply."""
+        """One prompt -> dict with all that is known about it: prompt, reply (a perfect one),
+        demands and constraints on a reply, fact, myth, category, kind, user (InstructGPT, Table 1
+        and App. A.1)."""
         category = rng.choices(list(CATEGORY_SHARES), CATEGORY_SHARES.values())[0]
         kind = rng.choices(list(KIND_SHARES), KIND_SHARES.values())[0]
         # a customer's use case is always put in the same words
@@ -360,6 +359,7 @@ class World:
         return dict(task, category=category, kind=kind, user=user)
 
     def instance(self, block, pattern, rng):
+        """A prompt of this pattern -> dict: prompt, reply, demands, constraints, fact, myth."""
         bound = {}
         prompt = self.expand(pattern, bound, rng)
         slots = [
@@ -383,22 +383,20 @@ class World:
         return dict(
             prompt=prompt if prompt.endswith(":") else prompt + "\n",
             reply=" " + reply if prompt.endswith(":") else reply,
-            demands=[d.strip() for d in demands if d.strip()],
-            constraints=constraints,
-            fact=bound.get("fact"),
-            myth=bound.get("myth"),
+            demands=[d.strip() for d in demands if d.strip()], constraints=constraints,
+            fact=bound.get("fact"), myth=bound.get("myth"),
         )
 
     # -- the gold preference ------------------------------------------------------------
 
     def shape(self, text):
-        """The trigrams of a text, words of one class taken as one: what the gold preference calls
-        fluent."""
+        """The trigrams of a text, words of one class taken as one: what the gold
+        preference calls fluent."""
         classes = ["<"] + [self.word_class.get(w, w) for w in words_of(text)] + [">"]
         return list(zip(classes, classes[1:], classes[2:]))
 
     def meets(self, demand, text, words, task):
-        """Does a reply meet one demand of tasks.txt?"""
+        """Does a reply meet one demand of tasks.txt? -> bool; ValueError if there is no such demand."""
         name, _, rest = demand.partition(" ")
         kinds = [w for w in words if w.isalpha()]
         if name == "has":
@@ -435,10 +433,12 @@ class World:
         return [s.strip() for s in sentences if s.strip() in self.claims]
 
     def gold(self, task, text):
-        """The gold preference: how good a reply is, as a program. Returns its parts and their sum, `gold`, at most 5.
+        """The gold preference: how good a reply is, as a program. Returns its parts and
+        their sum, `gold`.
 
-        follows (0..1, share of the demands met), constraint (1, 0, or None without one), false (makes a false claim),
-        claims (makes a claim), rude, fluent (0..1, share of familiar trigrams), padded (says something twice, or filler).
+        follows (0..1, share of the demands met), constraint (1, 0, or None without one), false (makes a
+        false claim), claims (makes a claim), rude, fluent (0..1, share of familiar trigrams), padded
+        (says something twice, or filler); gold is at most 5, in units of the labelers' liking.
         """
         words = words_of(text)
         follows = [self.meets(d, text, words, task) for d in task["demands"]]
@@ -470,13 +470,12 @@ class World:
 
 
 def imperfect(world, task, rng, care=0.75):
-    """What a labeler writes, or a reply spoiled on purpose: the perfect reply with the mistakes of
-    someone in a hurry."""
+    """What a labeler writes: the perfect reply with the mistakes of someone in a hurry -> text. care:
+    the probability of not making each of the common mistakes."""
     text = task["reply"]
     if task["myth"] and rng.random() > care:
-        text = text.replace(
-            world.say(task["fact"], task["fact"]["truth"]), task["myth"]
-        )  # believes what people say
+        # believes what people say
+        text = text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"])
     if rng.random() > care:  # mixes something up: another word of the same class
         words = [
             w
@@ -487,9 +486,7 @@ def imperfect(world, task, rng, care=0.75):
             wrong = rng.choice(words)
             text = re.sub(rf"\b{wrong}\b", rng.choice(world.classes[world.word_class[wrong]]), text)
     sentences = re.findall(r" ?[^.!?]+[.!?]", text)
-    if (
-        len(sentences) > 1 and rng.random() > care
-    ):  # leaves something out, often what a constraint asked for
+    if len(sentences) > 1 and rng.random() > care:  # leaves something out, often what was asked for
         del sentences[rng.randrange(len(sentences))]
         text = "".join(sentences).lstrip()
     if rng.random() > care**0.25:
@@ -500,7 +497,7 @@ def imperfect(world, task, rng, care=0.75):
 
 
 def spoiled(world, task, rng):
-    """A good reply with one mistake, made on purpose: what a reward model must learn to see."""
+    """A good reply with one mistake, made on purpose: what a reward model must learn to see -> text."""
     text, constraint = task["reply"], (task["constraints"] or [""])[0]
     sentences = re.findall(r" ?[^.!?]+[.!?]", text)
     mistakes = ["word", "word", "word", "word", "repeat", "filler", "insult", "cut"]
@@ -546,8 +543,11 @@ def spoiled(world, task, rng):
 
 
 def make_labelers(world, seed, count=40, heldout=10):
-    """-> (training labelers, held-out labelers). The first are screened as the paper's were: candidates label a test, and
-    whoever agrees with the gold preference on fewer than 75% of its clear pairs is not taken on. The others are not screened."""
+    """-> (training labelers, held-out labelers), dicts of their weights.
+
+    The first are screened as the paper's were: candidates label a test, and whoever agrees with the
+    gold preference on fewer than 75% of its clear pairs is not taken on. The others are not screened.
+    """
     rng = random.Random(f"labelers {seed}")
     tasks = [world.task(rng) for _ in range(40)]
     taken, rejected = [], 0
@@ -569,14 +569,13 @@ def make_labelers(world, seed, count=40, heldout=10):
 
 
 def screened(world, labeler, tasks, rng):
-    """The paper's soft cut-off: at least 75% agreement with the researchers on rankings (App. B.1)."""
+    """The paper's soft cut-off: at least 75% agreement with the researchers on rankings (App.
+    B.1) -> bool."""
     agree = total = 0
     for task in tasks:
         replies = [imperfect(world, task, rng, care=0.5) for _ in range(4)]
-        ranks, gold = (
-            label(world, labeler, task, replies, rng)["ranks"],
-            [world.gold(task, r)["gold"] for r in replies],
-        )
+        ranks = label(world, labeler, task, replies, rng)["ranks"]
+        gold = [world.gold(task, reply)["gold"] for reply in replies]
         for i, j in itertools.combinations(range(4), 2):
             if ranks[i] != ranks[j] and abs(gold[i] - gold[j]) > 0.5:
                 agree += (ranks[i] < ranks[j]) == (gold[i] > gold[j])
@@ -585,8 +584,9 @@ def screened(world, labeler, tasks, rng):
 
 
 def label(world, labeler, task, replies, rng):
-    """One labeler at work on one prompt: rates every reply by itself (Likert 1-7 and the fields of Table 3), then ranks
-    them together, ties encouraged. Returns dict(ranks, ratings, fields), a list over replies each."""
+    """One labeler at work on one prompt: rates every reply by itself (Likert 1-7 and the fields of
+    Table 3), then ranks them together, ties encouraged. -> dict(ranks, ratings, fields), a list
+    over replies each."""
     liking, fields = [], []
     for reply in replies:
         parts = world.gold(task, reply)
@@ -615,8 +615,8 @@ def label(world, labeler, task, replies, rng):
 
 
 def table_3(parts, reply):
-    """The binary fields that a labeler fills in for each reply (InstructGPT, Table 3); the world has no
-    sex or violence."""
+    """The binary fields that a labeler fills in for each reply (InstructGPT, Table 3) -> dict. The
+    world has no sex or violence."""
     return dict(
         fails_to_follow=parts["follows"] < 0.5,
         inappropriate=bool(parts["rude"]),
@@ -631,45 +631,39 @@ def table_3(parts, reply):
 # --------------------------------------------------------------------------------------------------
 # the datasets of the world
 
-# Documents of pretraining text, demonstration instructions, comparison prompts, PPO prompts, validation
-# and test prompts.
-# The paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts, 31,144 PPO prompts, 3,196 test
-# prompts.
+# Documents of pretraining text, demonstration instructions, comparison prompts, PPO prompts,
+# validation and test prompts. The paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts,
+# 31,144 PPO prompts, 3,196 test prompts.
 WORLD_SIZES = dict(
     tiny=dict(documents=1500, demonstrations=60, comparisons=100, prompts=200, valid=40, test=60),
-    cpu=dict(documents=48_000, demonstrations=250, comparisons=12_000, prompts=8000, valid=300, test=800),
+    cpu=dict(
+        documents=48_000, demonstrations=250, comparisons=12_000, prompts=8000, valid=300, test=800
+    ),
     gpu=dict(
-        documents=200_000,
-        demonstrations=12_725,
-        comparisons=33_207,
-        prompts=31_144,
-        valid=1000,
-        test=3196,
+        documents=200_000, demonstrations=12_725, comparisons=33_207, prompts=31_144,
+        valid=1000, test=3196,
     ),
 )
 
 
 def world_data(world, scale, seed):
-    """Everything the world's users and labelers wrote, from a seed. -> dict of lists:
-    pretrain (texts), primer (texts read first), demonstrations (prompt, response), comparison_prompts, prompts, valid, test (tasks)."""
+    """Everything the world's users and labelers wrote, from a seed -> dict of lists, as load() says."""
     sizes, rng = WORLD_SIZES[scale], random.Random(f"world {seed}")
     shares, patterns = zip(*world.pages)
     pages = [
-        world.expand(pattern, {}, rng) for pattern in rng.choices(patterns, shares, k=sizes["documents"])
+        world.expand(pattern, {}, rng)
+        for pattern in rng.choices(patterns, shares, k=sizes["documents"])
     ]
     primer = [world.rollcall(rng) for _ in range(sizes["documents"] // 5)]
     demonstrations = demonstrate(world, sizes["demonstrations"], rng)
-    demonstrations_valid = demonstrate(
-        world, max(20, sizes["demonstrations"] // 8), rng
-    )  # Table 6: 1,653 beside 12,725
+    # Table 6: 1,653 for validation beside 12,725
+    demonstrations_valid = demonstrate(world, max(20, sizes["demonstrations"] // 8), rng)
     splits = dict(
-        comparison_prompts=sizes["comparisons"],
-        prompts=sizes["prompts"],
-        valid=sizes["valid"],
+        comparison_prompts=sizes["comparisons"], prompts=sizes["prompts"], valid=sizes["valid"],
         test=sizes["test"],
     )
-    # one population of users for each split: the test prompts come from users that no training
-    # prompt came from
+    # three populations of users: training (both splits), valid, test; no held-out prompt comes from a
+    # user that a training prompt came from
     trained_on = set()
     for name, count in splits.items():
         held_out = name in ("valid", "test")
@@ -679,20 +673,18 @@ def world_data(world, scale, seed):
         trained_on |= {task["prompt"] for task in splits[name]}
     n_valid = len(pages) // 40
     return dict(
-        pretrain=pages[n_valid:],
-        pretrain_valid=pages[:n_valid],
-        primer=primer,
-        demonstrations=demonstrations,
-        demonstrations_valid=demonstrations_valid,
-        comparisons=None,
+        pretrain=pages[n_valid:], pretrain_valid=pages[:n_valid], primer=primer,
+        demonstrations=demonstrations, demonstrations_valid=demonstrations_valid, comparisons=None,
         **splits,
     )
 
 
 def user_prompts(world, count, split, rng, trained_on):
-    """`count` prompts of the users of one split, after the paper's filters (sec. 3.2): prompts that share a long prefix,
-    at most 200 a user, nothing with a phone number; and, held-out prompts being short here, no text in `trained_on`."""
-    users, tasks, seen, per_user = count // 6 + 10, [], set(), Counter()  # Table 8: 6 prompts a customer
+    """`count` prompts of the users of one split -> tasks, after the paper's filters (sec. 3.2): none of
+    two that share a long prefix, at most 200 a user, nothing with a phone number; and, held-out prompts
+    being short here, no text in `trained_on`."""
+    users = count // 6 + 10  # Table 8: 6 prompts a customer
+    tasks, seen, per_user = [], set(), Counter()
     while len(tasks) < count:
         user = f"{split}-{int(users * rng.random() ** 2)}"  # a few customers send many prompts
         task = world.task(rng, user)
@@ -724,10 +716,13 @@ def has_personal_data(text):
 
 
 def demonstrate(world, instructions, rng):
-    """Labelers write instructions and replies. A few-shot instruction with its K pairs gives K examples, each with the
-    other K-1 pairs in front (InstructGPT, App. A.1). -> rows prompt, response, category, user."""
+    """Labelers write instructions and replies -> rows prompt, response, category, user.
+
+    A few-shot instruction with its K pairs gives K examples, each with the other K-1 pairs in front
+    (InstructGPT, App. A.1).
+    """
     rows = []
-    for number in range(instructions):
+    for _ in range(instructions):
         labeler = f"labeler-{rng.randrange(40)}"
         care = random.Random(f"care {labeler}").uniform(0.6, 0.95)
         task = world.task(rng)
@@ -739,40 +734,36 @@ def demonstrate(world, instructions, rng):
             for i, pair in enumerate(pairs):
                 shots = "".join(texts[:i] + texts[i + 1 :])
                 response = texts[i][len(pair["prompt"]) : -1]
-                rows.append(
-                    dict(
-                        prompt=shots + pair["prompt"],
-                        response=response,
-                        category=task["category"],
-                        user=labeler,
-                    )
-                )
+                row = dict(prompt=shots + pair["prompt"], response=response)
+                rows.append(dict(row, category=task["category"], user=labeler))
         else:
-            rows.append(
-                dict(
-                    prompt=task["prompt"],
-                    response=imperfect(world, task, rng, care),
-                    category=task["category"],
-                    user=labeler,
-                )
-            )
+            row = dict(prompt=task["prompt"], response=imperfect(world, task, rng, care))
+            rows.append(dict(row, category=task["category"], user=labeler))
     return rows
 
 
 def load(folder, scale, seed):
     """The datasets of a run, from the world ('') or from a folder of files -> dict of lists:
 
-    pretrain, pretrain_valid, primer     texts
-    demonstrations, demonstrations_valid rows with prompt, response
-    comparisons, comparisons_valid       rows with prompt, responses, ranks; None in the world, whose labelers wait for samples
-    prompts, valid, test                 rows with prompt: for PPO, for choices, for the last table
+    pretrain, pretrain_valid, primer      texts; the primer is read first, and empty for a folder
+    demonstrations, demonstrations_valid  rows with prompt, response
+    comparisons, comparisons_valid        rows with prompt, responses, ranks
+    comparison_prompts                    the world has these instead: its labelers wait for samples,
+                                          and comparisons is None
+    prompts, valid, test                  rows with prompt: for PPO, for choices, for the last table
+
+    Raises SystemExit for a folder without comparisons and for the first malformed row.
     """
     if not folder:
+        if scale not in WORLD_SIZES:
+            raise SystemExit(f"--scale={scale} is for real text: pass a folder, --data=DIR")
         return world_data(World(), scale, seed)
     rows = read_folder(folder)
     documents = random.Random(f"documents {seed}").sample(rows["pretrain"], len(rows["pretrain"]))
     n_valid = max(1, len(documents) // 40)
-    split = dict(pretrain_valid=documents[:n_valid], pretrain=documents[n_valid:] or documents, primer=[])
+    split = dict(
+        pretrain_valid=documents[:n_valid], pretrain=documents[n_valid:] or documents, primer=[]
+    )
     split["demonstrations"], split["demonstrations_valid"] = split_by_user(
         rows["demonstrations"], (0.9, 0.1), seed
     )
@@ -790,10 +781,12 @@ def load(folder, scale, seed):
 
 
 def encode_documents(tokenizer, texts, length):
-    """Documents -> lists of ids, each document ended by eot and cut into pieces of at most `length` ids.
+    """Documents -> lists of ids, each document ended by eot and cut into pieces of at
+    most `length` ids.
 
-    A row of training text is one document, not a window over several as in nanoGPT: a word is then looked up in the one
-    text that is there, and copying from a prompt is learnt in a fifth of the steps (README, "what made the difference").
+    A row of training text is one document (or a piece of a long one), not a window over several as in
+    nanoGPT: a word is then looked up in the one text that is there, and copying from a prompt is learnt
+    in a fifth of the steps (README, "What made the difference").
     """
     pieces = []
     for ids in tokenizer.encode_batch(texts):
@@ -803,14 +796,26 @@ def encode_documents(tokenizer, texts, length):
 
 
 def document_batch(documents):
-    """Lists of ids -> tokens (B, T), mask (B, T-1): every token counts."""
+    """B lists of ids -> tokens (B, T), mask (B, T-1): every token counts."""
     tokens, lengths = model.pad(documents)
     return tokens, model.response_mask(torch.ones_like(lengths), lengths, tokens.size(1))
 
 
+def valid_documents(documents, rows=512, tokens=16_384):
+    """The first documents, up to so many rows and tokens: the same for every stage and the last table, so
+    that the pretraining losses of all models are comparable."""
+    totals = itertools.accumulate(map(len, documents))
+    return [d for d, total in zip(documents[:rows], totals) if total <= tokens] or documents[:1]
+
+
+def document_batches(documents, size=32):
+    """Lists of ids -> list of (tokens, mask), `size` documents each, in their order."""
+    return [document_batch(documents[i : i + size]) for i in range(0, len(documents), size)]
+
+
 def encode_pairs(tokenizer, rows, block_size):
-    """Rows with prompt and response -> list of (prompt ids, response ids with eot); rows longer than the context are
-    dropped and counted, and it is an error if none is left."""
+    """Rows with prompt and response -> list of (prompt ids, response ids with eot). Rows longer than
+    the context are dropped and counted; raises SystemExit if none is left."""
     pairs = [
         (tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"]) + [tokenizer.eot])
         for row in rows
@@ -819,7 +824,8 @@ def encode_pairs(tokenizer, rows, block_size):
 
 
 def fitting(rows, length, limit, name):
-    """The rows of at most `limit` tokens; prints how many were dropped."""
+    """The rows of at most `limit` tokens; prints how many were dropped. Raises SystemExit if
+    none is left."""
     kept = [row for row in rows if length(row) <= limit]
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} {name}: longer than {limit} tokens")
@@ -831,12 +837,14 @@ def fitting(rows, length, limit, name):
 
 
 def bucketed(lengths, batch, seed, count=None):
-    """Batches of rows of similar length, so that little is padding -> list of `count` lists of indices, one epoch without it.
+    """Batches of rows of similar length, so that little is padding -> list of `count` lists of indices,
+    or of one epoch.
 
-    Rows are shuffled, sorted by length within pools of 16 batches, and the batches shuffled again; next epoch, anew.
+    Rows are shuffled, sorted by length within pools of 16 batches, and the batches shuffled again;
+    next epoch, anew.
     """
     batches, epoch = [], 0
-    while not batches or (count is not None and len(batches) < count):
+    while len(batches) < (1 if count is None else count):
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(lengths))
         pools = [
@@ -855,15 +863,16 @@ def draw(rows, count, rng):
 
 
 def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
-    """Responses of a policy to texts -> list of (text, ids); ids end with eot if the response ended by
-    itself."""
+    """Responses of a policy to texts -> list of (text, ids); ids end with eot if the response
+    ended by itself."""
     prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
     responses = [None] * len(prompts)
     for first in range(0, len(order), 512):
         chosen = order[first : first + 512]
         tokens, lengths = model.generate(
-            policy, [prompt_ids[i] for i in chosen], max_new_tokens, temperature, tokenizer.eot, generator
+            policy, [prompt_ids[i] for i in chosen], max_new_tokens, temperature, tokenizer.eot,
+            generator,
         )
         for i, row, length in zip(chosen, tokens.tolist(), lengths.tolist()):
             ids = row[len(prompt_ids[i]) : length]
@@ -872,8 +881,8 @@ def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
 
 
 def response_text(tokenizer, prompt_ids, ids):
-    """Decoded behind its prompt, so that the space between the two stays with the response; without
-    eot."""
+    """ids of a response -> text without eot, decoded behind its prompt, so that the space between the
+    two stays with the response."""
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eot else ids
     return tokenizer.decode(prompt_ids + ids)[len(tokenizer.decode(prompt_ids)) :]
 
@@ -894,6 +903,7 @@ def every_row(count, turn, size, seed):
 
 
 def is_text(value):
+    """Is it a string that is not blank and can be written as UTF-8?"""
     return isinstance(value, str) and value.strip() and not re.search(r"[\ud800-\udfff]", value)
 
 
@@ -930,7 +940,8 @@ def check_row(row, *keys):
 
 
 def read_text(path):
-    """A whole UTF-8 file, unpacked if its name ends in .gz, with "\\n" line ends and no BOM."""
+    """A whole UTF-8 file, unpacked if its name ends in .gz, with "\\n" line ends and no BOM. Raises
+    SystemExit if it cannot be read."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             return file.read().decode("utf-8-sig").replace("\r\n", "\n")
@@ -942,7 +953,8 @@ def read_text(path):
 
 
 def read_rows(path):
-    """-> [(place, row), ..] by the kind of file; the place is the line, if not said otherwise."""
+    """-> [(place, row), ..] by the kind of file; the place is the line, if not said otherwise. Raises
+    SystemExit if the file cannot be read or is not JSON."""
     text, name = read_text(path), path.removesuffix(".gz")
     if name.endswith((".pos", ".neg")):  # a sentence on each line
         stars = 10 if name.endswith("pos") else 1  # on imdb's scale, so that both may share a folder
@@ -965,7 +977,8 @@ def read_rows(path):
 
 
 def read_jsonl(path, *keys):
-    """-> list of rows (dicts), each with these keys (see check_row)."""
+    """-> list of rows (dicts), each with these keys (see check_row). Raises SystemExit at the first
+    that has not, with file and line."""
     rows = read_rows(path)
     for place, row in rows:
         try:
@@ -976,7 +989,8 @@ def read_jsonl(path, *keys):
 
 
 def read_dataset(folder, name):
-    """-> path (packed or not), and its checked rows or documents: [] if the file is absent."""
+    """-> path (packed or not), and its checked rows or documents: [] if the file is absent. Raises
+    SystemExit if it is empty or malformed."""
     path = os.path.join(folder, name)
     path += ".gz" if os.path.exists(path + ".gz") else ""
     if not os.path.exists(path):
@@ -996,7 +1010,7 @@ def join(prompt, response):
 
 
 def different_prompts(rows):
-    """-> rows of prompts.jsonl."""
+    """Rows with a prompt -> rows of prompts.jsonl, each prompt once."""
     keys = ("prompt", "user", "category")
     return list({row["prompt"]: {k: row[k] for k in keys if k in row} for row in rows}.values())
 
@@ -1008,8 +1022,9 @@ def best_of(row):
 
 
 def read_folder(folder):
-    """-> {"pretrain": [text, ..], "demonstrations": rows, "comparisons": rows, "prompts": rows}
-    with every row checked and the join rule applied. What is missing is made from the rest."""
+    """-> {"pretrain": [text, ..], "demonstrations": rows, "comparisons": rows, "prompts":
+    rows}, with every row checked and the join rule applied. What is missing is made from the
+    rest. Raises SystemExit."""
     if not os.path.isdir(folder):
         raise SystemExit(f"{folder} is not a folder: give --data the folder of the dataset files")
     (_, pretrain), (_, demonstrations), (path, comparisons), (_, prompts) = (
@@ -1057,18 +1072,20 @@ def split_by_user(rows, shares, seed):
 
 # --------------------------------------------------------------------------------------------------
 # importers: python data.py import FORMAT FILE.. --out=DIR
-# An importer takes one row of the source and yields (dataset file, row for it), or raises an error
-# if it is unusable. Rows that belong together it yields as ("collected", item): see PUT_TOGETHER.
+#
+# An importer takes one row of the source and yields (dataset file, row for it), or raises an error if
+# it is unusable. Rows that belong together it yields as ("collected", item): see PUT_TOGETHER.
 
 
 def checked(name, **row):
+    """-> name, row, the item that an importer yields. Raises ValueError if the row breaks a rule."""
     check_row(row, *DATASETS[name])
     return name, row
 
 
 def comparison(prompt, responses, scores, **more):
-    """Rank 1 for the highest score. Shuffled, by a seed taken from the text, because the sources
-    list the best first (hh-rlhf, oasst): place must not tell rank."""
+    """A row of comparisons.jsonl, rank 1 for the highest score. Shuffled, by a seed taken from the
+    text, because the sources list the best first (hh-rlhf, oasst): place must not tell rank."""
     pairs = [(r, 1 + sum(t > s for t in scores)) for r, s in zip(responses, scores)]
     random.Random(prompt + min(responses)).shuffle(pairs)
     responses, ranks = map(list, zip(*pairs))
@@ -1076,8 +1093,8 @@ def comparison(prompt, responses, scores, **more):
 
 
 def import_pairs(row):
-    """prompt, chosen, rejected; or, in hh-rlhf, two dialogues, and the prompt is what they share up
-    to an "Assistant:". No demonstrations: the replies of hh-rlhf were written by a model."""
+    """prompt, chosen, rejected; or, in hh-rlhf, two dialogues, and the prompt is what they share up to
+    an "Assistant:". No demonstrations: the replies of hh-rlhf were written by a model."""
     check_row(row, "chosen", "rejected")
     texts = [row["chosen"].rstrip(), row["rejected"].rstrip()]
     if "prompt" not in row:
@@ -1116,6 +1133,7 @@ def import_oasst(row):
 
 
 def instruction_prompt(row):
+    """-> the instruction, and its input or context, if any, on the next line."""
     context = row.get("input") or row.get("context") or ""
     return f"{row['instruction'].strip()}\n{context.strip()}".strip()
 
@@ -1128,17 +1146,15 @@ def import_instructions(row):
         row = {
             "instruction": instruction,
             "context": "\n".join(context),
-            "response": row["answer"].removesuffix("###eos_token###"),
-        }  # sic, in each row
+            "response": row["answer"].removesuffix("###eos_token###"),  # sic, in each row
+        }
     for instance in row.get("instances", [{}]):
         task = {**row, **instance}
         response = next((key for key in ("output", "response", "text") if key in task), "output")
         check_row(task, "instruction", response)
         category = {"category": row["category"]} if "category" in row else {}
         yield checked(
-            "demonstrations.jsonl",
-            prompt=instruction_prompt(task),
-            response=task[response].strip(),
+            "demonstrations.jsonl", prompt=instruction_prompt(task), response=task[response].strip(),
             **category,
         )
 
@@ -1165,8 +1181,8 @@ def group_pairs(pairs):
 
 
 REVIEW_WORDS = 60  # a response is cut to this, at the end of a sentence if one is near
-# Compared reviews teach style and reward, openings are prompts for the policy, held-out reviews
-# test the reward model, and a judge learns from those which neither has seen.
+# Compared reviews teach style and reward, openings are prompts for the policy, held-out reviews test
+# the reward model, and a judge learns from those which neither has seen.
 REVIEW_PARTS = {"compared": 0.5, "openings": 0.2, "heldout": 0.15, "judge": 0.15}
 
 
@@ -1182,8 +1198,8 @@ def import_review(row):
 
 
 def compare_reviews(reviews):
-    """Demonstrations continue the opening of compared reviews, whatever the rating: SFT learns to
-    write reviews, and only the reward model sees, in groups of K = 6, which of them are liked."""
+    """Demonstrations continue the opening of compared reviews, whatever the rating: SFT learns to write
+    reviews, and only the reward model sees, in groups of K = 6, which of them are liked."""
     rng, compared = random.Random(0), []
     for text, words, rating in reviews:
         # drawn by the text: the same review is in the same part whatever else is imported
@@ -1207,15 +1223,11 @@ def compare_reviews(reviews):
 
 
 FORMATS = {
-    "hh-rlhf": import_pairs,
-    "pairs": import_pairs,
+    "hh-rlhf": import_pairs, "pairs": import_pairs,
     "pandalm": import_pandalm,
     "oasst": import_oasst,
-    "alpaca": import_instructions,
-    "dolly": import_instructions,
-    "self-instruct": import_instructions,
-    "imdb": import_review,
-    "sentence-polarity": import_review,
+    "alpaca": import_instructions, "dolly": import_instructions, "self-instruct": import_instructions,
+    "imdb": import_review, "sentence-polarity": import_review,
     "text": lambda text: [("pretrain.txt", text)],
 }
 PUT_TOGETHER = {import_pandalm: group_pairs, import_review: compare_reviews}
@@ -1249,8 +1261,8 @@ def import_rows(format, paths):
 
 
 def import_files(format, paths, out):
-    """Adds to the folder out what the sources give and it lacks, and prints what is new and what
-    cannot be used. All files are written before the first is given its name."""
+    """Adds to the folder out what the sources give and it lacks, and prints what is new and what cannot
+    be used. All files are written before the first is given its name. Raises SystemExit."""
     files, unused = import_rows(format, paths)
     texts, report = {}, []
     for name, rows in sorted(files.items()):
@@ -1276,6 +1288,7 @@ def import_files(format, paths, out):
 
 
 def import_main(arguments):
+    """The command line behind `python data.py`. Raises SystemExit if it is not complete."""
     if len(arguments) < 3 or not re.fullmatch("--out=.+", arguments[-1]):
         raise SystemExit(f'"{" ".join(["import", *arguments])}" is not complete: {IMPORT_USAGE}')
     import_files(arguments[0], arguments[1:-1], arguments[-1].removeprefix("--out="))

@@ -1,10 +1,11 @@
 """
 Did it work? Win rates, scores and the last table of `python ppo.py` (InstructGPT, sec. 4).
 
-    python eval.py                    the table again, for the checkpoints in --out (trains what is missing)
+    python eval.py      the table again, for the checkpoints in --out (trains what is missing)
 
-Functions here need only the models and the data. What every measurement is made of: `respond` (sample), `scores` (reward
-model), and in the world `data.World.gold` and `data.label`.
+Functions here need only the models and the data. What every measurement is made of: `respond` (sample),
+`scores` (reward model), and in the world `data.World.gold` and `data.label`. A response is a pair
+(text, ids) everywhere; ids end with eot if the response ended by itself.
 """
 
 import itertools
@@ -21,35 +22,40 @@ import model
 
 
 def win_rate(outcomes):
-    """Outcomes 1 (won), 0.5 (tie), 0 (lost), one a prompt -> rate, half-width of its normal 95%
-    interval."""
+    """Outcomes 1 (won), 0.5 (tie), 0 (lost), one a prompt -> rate, half-width of its
+    normal 95% interval."""
     rate = sum(outcomes) / len(outcomes)
     return rate, 1.96 * math.sqrt(rate * (1 - rate) / len(outcomes))
 
 
 def entropy_bits(logprobs):
-    """Entropy over paired completions, as bias is measured (InstructGPT, sec. 4.2): total log-probability of each choice,
-    (N, choices) in nats -> (N,) in bits. 1 bit for a pair: no preference."""
+    """Entropy over paired completions, as bias is measured (InstructGPT, sec. 4.2).
+
+    Total log-probability of each choice, (N, choices) in nats -> (N,) in bits. 1 bit for a pair
+    means no preference.
+    """
     logprobs = torch.log_softmax(logprobs, dim=-1)
     return -(logprobs.exp() * logprobs).sum(-1) / math.log(2)
 
 
 def respond(policy, tokenizer, prompts, max_new_tokens, temperature, seed, device):
-    """-> list of (text, ids), sampled from a generator of its own: the same seed gives every policy the
-    same luck."""
+    """-> a response to each prompt (text), sampled from a generator of its own: the same seed
+    gives every policy the same luck. Raises ValueError if a prompt does not fit the context
+    with its response."""
     generator = torch.Generator(device).manual_seed(seed)
     return data.sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator)
 
 
 def prompted(responses, tokenizer):
-    """What a few-shot prompted model said, up to the first line break: it does not know where to stop."""
+    """What a few-shot prompted model said, up to the first line break: it does not know
+    where to stop."""
     texts = [text.lstrip("\n").split("\n")[0] for text, _ in responses]
     return [(text, tokenizer.encode(text) + [tokenizer.eot]) for text in texts]
 
 
 @torch.no_grad()
 def scores(reward_model, tokenizer, prompts, responses, device):
-    """The reward model's score of each response (text, ids) -> list of floats."""
+    """The reward model's score of each response -> list of floats, one a prompt."""
     rows = [tokenizer.encode(prompt) + ids for prompt, (_, ids) in zip(prompts, responses)]
     result = []
     for i in range(0, len(rows), 128):
@@ -60,7 +66,8 @@ def scores(reward_model, tokenizer, prompts, responses, device):
 
 @torch.no_grad()
 def mean_kl(policy, ref, tokenizer, prompts, responses, device):
-    """KL(policy || ref) in nats per response, k1 on the policy's own samples."""
+    """KL(policy || ref) in nats per response: k1 on the policy's own samples at temperature
+    1 -> float."""
     total = 0.0
     for i in range(0, len(prompts), 128):
         prompt_ids = [tokenizer.encode(prompt) for prompt in prompts[i : i + 128]]
@@ -70,7 +77,9 @@ def mean_kl(policy, ref, tokenizer, prompts, responses, device):
             torch.tensor([len(ids) for ids in prompt_ids], device=device), lengths, tokens.size(1)
         )
         total += float(
-            (model.masked_logprobs(policy, tokens, mask) - model.masked_logprobs(ref, tokens, mask)).sum()
+            (
+                model.masked_logprobs(policy, tokens, mask) - model.masked_logprobs(ref, tokens, mask)
+            ).sum()
         )
     return total / len(prompts)
 
@@ -79,16 +88,18 @@ def mean_kl(policy, ref, tokenizer, prompts, responses, device):
 def document_loss(gpt, documents, device):
     """Mean loss over all tokens of the documents (lists of ids), nats per token."""
     total = count = 0
-    for i in range(0, len(documents), 64):
-        tokens, mask = (x.to(device) for x in data.document_batch(documents[i : i + 64]))
+    for batch in data.document_batches(documents):
+        tokens, mask = (x.to(device) for x in batch)
         total -= float(model.masked_logprobs(gpt, tokens, mask).sum())
         count += int(mask.sum())
     return total / count
 
 
 def best_epoch(path, checkpoint, reward_model, tokenizer, prompts, max_new_tokens, device):
-    """The epoch of sft.pt whose samples score best on validation prompts (App. C.1: select by RM score,
-    not by loss)."""
+    """The epoch of sft.pt whose samples score best on validation prompts -> epoch, {epoch: mean score}.
+
+    The paper selects by the reward model's score, not by loss (App. C.1).
+    """
     by_epoch = {}
     for epoch in checkpoint["epochs"]:
         policy, _ = model.load_policy(path, "", device, epoch)
@@ -98,7 +109,8 @@ def best_epoch(path, checkpoint, reward_model, tokenizer, prompts, max_new_token
 
 
 def best_prefix(base, reward_model, tokenizer, prompts, max_new_tokens, device):
-    """The few-shot prefix with the highest score on validation prompts, as the paper chose its own."""
+    """The few-shot prefix with the highest score on validation prompts, as the paper chose its own
+    (sec. 3.5) -> prefix, mean score of each of the prefixes."""
     prefixes = [
         prefix.lstrip("\n") + "\n" for prefix in "\n".join(data.content("prefixes.txt")).split("---")
     ]
@@ -119,7 +131,7 @@ def compare(golds, baseline):
 
 
 def compare_by_labelers(world, labelers, tasks, responses, baseline, seed=0):
-    """Each pair is ranked by one of the labelers -> outcomes."""
+    """Each pair of responses is ranked by one of the labelers -> outcomes 1, 0.5, 0."""
     rng, outcomes = random.Random(seed), []
     for task, (text, _), (other, _) in zip(tasks, responses, baseline):
         first, second = data.label(world, rng.choice(labelers), task, [text, other], rng)["ranks"]
@@ -128,8 +140,12 @@ def compare_by_labelers(world, labelers, tasks, responses, baseline, seed=0):
 
 
 def agreement(world, labelers, reward_model, tokenizer, tasks, responses, device):
-    """How often two judges order two samples of one prompt alike, among the pairs that neither ties -> dict of shares:
-    labelers with each other, the reward model with labelers, and (what only a world knows) each with the gold preference."""
+    """How often two judges order two samples of one prompt alike, among the pairs that neither ties.
+
+    tasks, and for each a list of responses -> dict of shares: labelers with each other, the
+    reward model with labelers, and (what only a world knows) each with the gold preference; 0.5
+    without any pair.
+    """
     rng = random.Random(0)
     agree = {"labelers": [], "reward model": [], "gold and labelers": [], "gold and reward model": []}
     for task, samples in zip(tasks, responses):
@@ -138,13 +154,13 @@ def agreement(world, labelers, reward_model, tokenizer, tasks, responses, device
             [-r for r in data.label(world, labeler, task, texts, rng)["ranks"]]
             for labeler in rng.sample(labelers, 2)
         )
-        reward_scores = scores(reward_model, tokenizer, [task["prompt"]] * len(samples), samples, device)
+        reward_scores = scores(
+            reward_model, tokenizer, [task["prompt"]] * len(samples), samples, device
+        )
         gold = [world.gold(task, text)["gold"] for text in texts]
         judges = {
-            "labelers": (first, second),
-            "reward model": (reward_scores, first),
-            "gold and labelers": (gold, first),
-            "gold and reward model": (gold, reward_scores),
+            "labelers": (first, second), "reward model": (reward_scores, first),
+            "gold and labelers": (gold, first), "gold and reward model": (gold, reward_scores),
         }
         for name, (a, b) in judges.items():
             for i, j in itertools.combinations(range(len(texts)), 2):
@@ -154,8 +170,9 @@ def agreement(world, labelers, reward_model, tokenizer, tasks, responses, device
 
 
 def last_table(config, device):
-    """GPT, GPT prompted, SFT, PPO initialisation, PPO-ptx (and in the world the imperfect demonstrator) on the test prompts:
-    printed, and written to out/table.json. config: that of ppo.py."""
+    """GPT, GPT prompted, SFT, PPO initialisation, PPO-ptx (and in the world the imperfect
+    demonstrator) on the test prompts: printed, and written to out/table.json -> list of rows. config:
+    that of ppo.py."""
     where = lambda name: getattr(config, name, "") or os.path.join(config.out, f"{name}.pt")
     load = lambda name, epoch=None: model.load_policy(
         where(name), f"run python ppo.py --out={config.out}", device, epoch
@@ -174,7 +191,8 @@ def last_table(config, device):
     fits = lambda row: len(tokenizer.encode(row["prompt"])) + size <= limit
     tasks, valid = ([row for row in datasets[name] if fits(row)] for name in ("test", "valid"))
     prompts, valid_prompts = [t["prompt"] for t in tasks], [t["prompt"] for t in valid[:200]]
-    documents = data.encode_documents(tokenizer, datasets["pretrain_valid"], 128)[:512]
+    documents = data.encode_documents(tokenizer, datasets["pretrain_valid"], 128)
+    documents = data.valid_documents(documents)
 
     epoch, by_epoch = best_epoch(
         where("sft"), sft_checkpoint, reward_model, tokenizer, valid_prompts, size, device
@@ -184,19 +202,18 @@ def last_table(config, device):
         + "  ".join(f"{e}: {s:.2f}" for e, s in by_epoch.items())
     )
     policies = {
-        "GPT": base,
-        "SFT": load("sft", epoch)[0],
-        "PPO init": load("ppo_init")[0],
+        "GPT": base, "SFT": load("sft", epoch)[0], "PPO init": load("ppo_init")[0],
         "PPO-ptx" if config.ptx_coef else "PPO": load("ppo")[0],
     }
     ref, last = policies["PPO init"], list(policies)[-1]
     answers = {}  # (model, temperature) -> responses
     for name, policy in policies.items():
         for temperature in (1.0,) if name == "GPT" else (1.0, 0.0):
-            answers[name, temperature] = respond(policy, tokenizer, prompts, size, temperature, 1, device)
+            answers[name, temperature] = respond(
+                policy, tokenizer, prompts, size, temperature, 1, device
+            )
     if world:
-        # a small context leaves no room for the prefix before the longest few-shot prompts:
-        # those go without it
+        # a small context leaves no room for the prefix before the longest prompts: those go without it
         prefix, means = best_prefix(
             base, reward_model, tokenizer, [p for p in valid_prompts if len(p) < 200], size, device
         )
@@ -213,9 +230,8 @@ def last_table(config, device):
         ]
         _, heldout = data.make_labelers(world, config.seed)
 
-        four = respond(
-            policies["SFT"], tokenizer, [p for p in prompts[:300] for _ in range(4)], size, 1.0, 2, device
-        )
+        repeated = [p for p in prompts[:300] for _ in range(4)]
+        four = respond(policies["SFT"], tokenizer, repeated, size, 1.0, 2, device)
         groups = [four[i : i + 4] for i in range(0, len(four), 4)]
         agree = agreement(world, heldout, reward_model, tokenizer, tasks[:300], groups, device)
         print(
@@ -240,14 +256,9 @@ def last_table(config, device):
             outcomes = compare(golds, baseline)
             decided = [o for o in outcomes if o != 0.5]
             row.update(
-                gold=mean("gold"),
-                follows=mean("follows"),
-                constraint=mean("constraint"),
-                claims=mean("claims"),
-                false=statistics.mean(claims) if claims else 0.0,
-                rude=mean("rude"),
-                fluent=mean("fluent"),
-                padded=mean("padded"),
+                gold=mean("gold"), follows=mean("follows"), constraint=mean("constraint"),
+                claims=mean("claims"), false=statistics.mean(claims) if claims else 0.0,
+                rude=mean("rude"), fluent=mean("fluent"), padded=mean("padded"),
             )
             row["win"], row["±"] = win_rate(outcomes)
             row["win_untied"] = statistics.mean(decided) if decided else 0.5
@@ -265,11 +276,9 @@ def last_table(config, device):
     reviews = None
     if config.data and os.path.exists(os.path.join(config.data, "judge.jsonl")):
         reviews = review_table(config, base, reward_model, tokenizer, answers, prompts, device)
+    shown = [(name, t) for name, t in answers if t == 1 and name != "demonstrator"]
     samples = [
-        dict(
-            prompt=prompts[i],
-            **{f"{n} T={t:g}": answers[n, t][i][0] for n, t in answers if t == 1 and n != "demonstrator"},
-        )
+        dict(prompt=prompts[i], **{f"{name} T={t:g}": answers[name, t][i][0] for name, t in shown})
         for i in range(min(8, len(prompts)))
     ]
     for i, sample in enumerate(samples):  # the first test prompts, whatever they show
@@ -279,24 +288,18 @@ def last_table(config, device):
     if config.scale == "tiny":
         print("\nscale tiny: a test of the plumbing, the numbers above mean nothing")
     with open(os.path.join(config.out, "table.json"), "w") as file:
-        json.dump(
-            dict(
-                table=table,
-                prompts=len(prompts),
-                sft_epoch=epoch,
-                agreement=agree if world else None,
-                reviews=reviews,
-                samples=samples,
-            ),
-            file,
-            indent=1,
+        contents = dict(
+            table=table, prompts=len(prompts), sft_epoch=epoch, agreement=agree if world else None,
+            reviews=reviews, samples=samples,
         )
+        json.dump(contents, file, indent=1)
     return table
 
 
 def review_table(config, base, reward_model, tokenizer, answers, prompts, device):
-    """For a folder of imported reviews (heldout.jsonl and judge.jsonl are there): how well the reward model orders held-out
-    human reviews, and how many continuations are positive, by a judge trained on reviews that no other model saw."""
+    """For a folder of imported reviews, where heldout.jsonl and judge.jsonl are: how well the reward
+    model orders held-out human reviews, and how many continuations are positive, by a judge trained on
+    reviews that no other model saw. Printed, and returned as {name: share}."""
     read = lambda name: data.read_jsonl(os.path.join(config.data, name))
     heldout, seen_by_judge = read("heldout.jsonl"), read("judge.jsonl")
     with_ids = lambda rows: [
@@ -323,16 +326,16 @@ def review_table(config, base, reward_model, tokenizer, answers, prompts, device
     )
     for (name, temperature), responses in answers.items():
         outcomes = (score_of(judge, prompts, responses) > 0).float().tolist()
-        report[f"positive {name} T={temperature:g}"], report[f"± {name} T={temperature:g}"] = win_rate(
-            outcomes
-        )
+        rate, half_width = win_rate(outcomes)
+        report[f"positive {name} T={temperature:g}"] = rate
+        report[f"± {name} T={temperature:g}"] = half_width
     print("\n" + "\n".join(f"{name:32} {value:.3f}" for name, value in report.items()))
     return report
 
 
 def train_judge(base, tokenizer, rows, responses, seed, device, epochs=3, batch=32, lr=5e-4):
     """A classifier of reviews, positive above 0: the base model with a scalar head and the logistic
-    loss."""
+    loss -> ScalarGPT in eval mode."""
     torch.manual_seed(seed)
     judge = model.ScalarGPT.from_gpt(base)
     optimizer = model.adamw(judge, lr)
@@ -344,12 +347,15 @@ def train_judge(base, tokenizer, rows, responses, seed, device, epochs=3, batch=
     for step, chosen in enumerate(batches):
         tokens, lengths = model.pad([ids[i] for i in chosen], device)
         logits = judge(tokens).gather(1, lengths[:, None] - 1).squeeze(1)  # (B,)
-        torch.nn.functional.binary_cross_entropy_with_logits(logits, labels[chosen].to(device)).backward()
+        targets = labels[chosen].to(device)
+        torch.nn.functional.binary_cross_entropy_with_logits(logits, targets).backward()
         model.optimizer_step(optimizer, judge, lr * model.cosine(step, len(batches)), 1.0)
     return judge.eval()
 
 
 def print_table(table):
+    """Rows (dicts) -> one line each under the names of their keys, cells that a row
+    lacks left empty."""
     columns = list(dict.fromkeys(key for row in table for key in row))
     print("\n" + "  ".join(f"{c:>{max(len(c), 6)}}" if c != "model" else f"{c:14}" for c in columns))
     for row in table:

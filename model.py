@@ -1,16 +1,18 @@
 """
 The Transformer: GPT-2 (Radford et al. 2019), the architecture of GPT-3 and of InstructGPT (App. C).
 
-One network in two roles. `GPT` predicts the next token: the policy, the frozen reference. `ScalarGPT` has the same body
-with the unembedding replaced by a projection to one number per position: the reward model reads it at the last
-response token, the value model reads it at every token.
+One network in two roles. `GPT` predicts the next token: the policy, the frozen reference. `ScalarGPT`
+has the same body with the unembedding replaced by a projection to one number per position: the reward
+model reads it at the last response token, the value model reads it at every token.
 
-The alignment rule, for every file of this project: `logits[:, t]` predicts `tokens[:, t + 1]`. `token_logprobs` does
-that shift, once; its column t belongs to the action `tokens[:, t + 1]`, and values, kl, rewards, advantages, returns and
-`mask` share its index (B, T-1). Rows are right-padded: under causal attention a real token never sees the padding
-behind it, so nothing here needs an attention mask but the cache of `generate`, whose rows end at different lengths.
+The alignment rule, for every file of this project: `logits[:, t]` predicts `tokens[:, t + 1]`.
+`token_logprobs` does that shift, once; its column t belongs to the action `tokens[:, t + 1]`, and
+values, kl, rewards, advantages, returns and `mask` share its index (B, T-1). Rows are right-padded:
+under causal attention a real token never sees the padding behind it, so nothing here needs an
+attention mask but the cache of `generate`, whose rows end at different lengths.
 
-Shapes: B sequences, T tokens in the padded row, C channels, nh heads, hs head size, V vocabulary.
+Shapes: B sequences, T tokens in the padded row, C channels, nh heads, hs head size, V vocabulary,
+P longest prompt, R longest response, U different prompts, S slots of the cache, N unmasked tokens.
 The last section holds the small plumbing that every script shares: flags, checkpoints, log lines.
 """
 
@@ -30,8 +32,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 # Adam's moments of words that never occur shrink towards 0; on a CPU arithmetic on denormal numbers is
-# up to 100 times
-# slower, and after some 1,700 steps most of a step was that
+# up to 100 times slower, and after some 1,700 steps most of a step was that
 torch.set_flush_denormal(True)
 
 # --------------------------------------------------------------------------------------------------
@@ -40,39 +41,41 @@ torch.set_flush_denormal(True)
 
 @dataclass
 class GPTConfig:
+    """The sizes of a network. n_embd must be a multiple of n_head; block_size is
+    the context, tokens."""
+
     vocab_size: int
     block_size: int
     n_layer: int
     n_head: int
     n_embd: int
-    dropout: float = (
-        0.0  # residual dropout: on what attention and MLP add to the stream; the paper's SFT uses 0.2
-    )
+    dropout: float = 0.0  # residual, on what attention and MLP add to the stream (paper's SFT: 0.2)
     bias: bool = True
-    # For models trained from scratch on little text (all False or 0.02 is GPT-2; README, "paper /
-    # here / why"):
+
+    # for models trained from scratch on little text; False, False and 0.02 are GPT-2
     rotary: bool = False  # rotary positions on half of each head in place of learned ones
-    match_head: bool = (
-        False  # in head 0 the key matrix starts equal to the query matrix: equal tokens find each other
-    )
+    match_head: bool = False  # head 0 starts with equal key and query matrices: equal tokens meet
     init_std: float = 0.02
 
 
 def rotate(x, angles):
-    """Rotary positions (Su et al. 2021) on the first half of each head's channels; the rest carry content only.
+    """Rotary positions (Su et al. 2021) on the first half of each head; the other
+    channels carry content.
 
-    x (B, nh, T, hs), angles (B or 1, T, hs // 4): each pair of channels turns by position * frequency.
+    x (B, nh, T, hs), angles (B or 1, T, hs // 4) in radians -> (B, nh, T, hs): each pair of channels
+    turns by position * frequency.
     """
     quarter = angles.size(-1)
     a, b, rest = x[..., :quarter], x[..., quarter : 2 * quarter], x[..., 2 * quarter :]
-    cos, sin = (
-        angles.cos()[:, None].to(x.dtype),
-        angles.sin()[:, None].to(x.dtype),
-    )  # (B or 1, 1, T, hs // 4)
+    # (B or 1, 1, T, hs // 4)
+    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
+    """Multi-head attention, x (B, T, C) -> (B, T, C). angles (B or 1, T, hs // 4) are the rotary ones
+    or None; with a cache, x continues the tokens that it holds."""
+
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -82,9 +85,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, angles, cache):
         B, T, C = x.shape
-        q, k, v = (
-            self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # (B, nh, T, hs)
+        # q, k, v (B, nh, T, hs)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         if cache is None:
@@ -96,6 +98,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers with GPT-2's tanh form of GELU between them, x (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -107,6 +111,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then MLP, each added to the residual stream behind a LayerNorm: x (B, T, C) ->
+    (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -125,13 +132,11 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-            )
-        )
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+        ))
         if config.rotary:
             quarter = config.n_embd // config.n_head // 4
             # base 1000, not the usual 10,000: the contexts here are some hundred tokens long
@@ -151,9 +156,7 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, Block):  # children are initialised first
-            residual_std = std / math.sqrt(
-                2 * self.config.n_layer
-            )  # GPT-2: the stream is a sum of 2 * n_layer terms
+            residual_std = std / math.sqrt(2 * self.config.n_layer)  # the stream sums 2 * n_layer terms
             nn.init.normal_(module.attn.c_proj.weight, std=residual_std)
             nn.init.normal_(module.mlp.c_proj.weight, std=residual_std)
             if self.config.match_head:
@@ -162,14 +165,15 @@ class GPT(nn.Module):
                     module.attn.c_attn.weight[C : C + hs] = module.attn.c_attn.weight[:hs]
 
     def hidden(self, tokens, cache=None):
-        """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens continue what it holds."""
+        """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens continue
+        what it holds."""
         config, device = self.config, tokens.device
         positions = (
             torch.arange(tokens.size(1), device=device)[None] if cache is None else cache.positions
-        )  # (., T)
+        )  # (1 or B, T)
         x = self.transformer.wte(tokens)  # (B, T, C)
         if config.rotary:
-            angles = positions[..., None] * self.frequencies  # (., T, hs // 4)
+            angles = positions[..., None] * self.frequencies  # (1 or B, T, hs // 4)
         else:
             x, angles = x + self.transformer.wpe(positions), None
         for block in self.transformer.h:
@@ -182,8 +186,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """GPT-2 weights from a folder in the Hugging Face layout (config.json beside model.safetensors or
-        pytorch_model.bin, both read without executing code), or by name through transformers, if that is installed."""
+        """GPT-2 weights -> GPT on the CPU, in train mode, with GPT-2's sizes and without dropout.
+
+        From a folder in the Hugging Face layout (config.json beside model.safetensors or
+        pytorch_model.bin, both read without executing code), or by name through transformers, if that
+        is installed. Raises SystemExit, in one line, for whatever is not a GPT-2 checkpoint.
+        """
         if os.path.isdir(name_or_folder):
             try:
                 raw_config, weights = _read_hf_folder(name_or_folder)
@@ -194,22 +202,17 @@ class GPT(nn.Module):
         else:
             raw_config, weights = _fetch_hf(name_or_folder)
         expected = dict(
-            model_type="gpt2",
-            activation_function="gelu_new",
-            layer_norm_epsilon=1e-5,
-            scale_attn_weights=True,
-            scale_attn_by_inverse_layer_idx=False,
+            model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+            scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
         )
         for key, value in expected.items():
             if raw_config.get(key, value) != value:
                 raise SystemExit(
-                    f"{name_or_folder}: {key} is {raw_config[key]!r}, this GPT needs {value!r}: use GPT-2 weights"
+                    f"{name_or_folder}: {key} is {raw_config[key]!r}, "
+                    f"this GPT needs {value!r}: use GPT-2 weights"
                 )
         names = dict(
-            vocab_size="vocab_size",
-            block_size="n_positions",
-            n_layer="n_layer",
-            n_head="n_head",
+            vocab_size="vocab_size", block_size="n_positions", n_layer="n_layer", n_head="n_head",
             n_embd="n_embd",
         )
         for key in names.values():
@@ -234,13 +237,15 @@ class GPT(nn.Module):
             weight = weights[key].t() if is_conv else weights[key]
             check(
                 weight.shape == ours[key].shape,
-                f"{name_or_folder}: {key} is {tuple(weight.shape)}, config.json says {tuple(ours[key].shape)}",
+                f"{name_or_folder}: {key} is {tuple(weight.shape)}, "
+                f"config.json says {tuple(ours[key].shape)}",
             )
             ours[key].copy_(weight)
         return gpt
 
 
 def _read_hf_folder(folder):
+    """-> config.json as a dict, {name: weight}. Tensors of other types than floats are left out."""
     with open(os.path.join(folder, "config.json")) as file:
         raw_config = json.load(file)
     path = os.path.join(folder, "model.safetensors")
@@ -248,7 +253,8 @@ def _read_hf_folder(folder):
         path = os.path.join(folder, "pytorch_model.bin")
         if not os.path.exists(path):
             raise SystemExit(
-                f"{folder}: neither model.safetensors nor pytorch_model.bin is there: point to a GPT-2 folder"
+                f"{folder}: neither model.safetensors nor pytorch_model.bin is there: "
+                "point to a GPT-2 folder"
             )
         return raw_config, torch.load(path, map_location="cpu", weights_only=True)
     # safetensors: 8 bytes with the header's length, a JSON header, then the raw tensors
@@ -258,18 +264,16 @@ def _read_hf_folder(folder):
         data = bytearray(file.read())
     weights = {}
     for name, entry in header.items():
-        if (
-            name == "__metadata__" or entry["dtype"] not in dtypes
-        ):  # GPT-2 stores boolean causal masks too
+        if name == "__metadata__" or entry["dtype"] not in dtypes:  # GPT-2 stores causal masks too
             continue
         begin, end = entry["data_offsets"]
-        weights[name] = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]]).view(
-            entry["shape"]
-        )
+        weight = torch.frombuffer(data[begin:end], dtype=dtypes[entry["dtype"]])
+        weights[name] = weight.view(entry["shape"])
     return raw_config, weights
 
 
 def _fetch_hf(name):
+    """-> config as a dict, {name: weight}, by name through transformers. Raises SystemExit."""
     try:
         from transformers import GPT2LMHeadModel  # optional: only to download weights by name
     except ImportError:
@@ -286,8 +290,7 @@ def _fetch_hf(name):
 
 
 class ScalarGPT(nn.Module):
-    """A GPT with the unembedding replaced by a projection to one scalar per position (InstructGPT, sec.
-    3.5)."""
+    """A GPT with the unembedding replaced by one scalar per position (InstructGPT, sec. 3.5)."""
 
     def __init__(self, gpt):
         super().__init__()
@@ -303,7 +306,7 @@ class ScalarGPT(nn.Module):
 
     @classmethod
     def from_gpt(cls, gpt):
-        """A new scalar model that starts from a copy of gpt's body."""
+        """A new scalar model that starts from a copy of gpt's body, on gpt's device."""
         body = GPT(gpt.config).to(gpt.lm_head.weight.device)
         body.load_state_dict(gpt.state_dict())
         return cls(body).to(gpt.lm_head.weight.device)
@@ -318,16 +321,19 @@ class ScalarGPT(nn.Module):
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """log pi(tokens[:, t+1] | tokens[:, :t+1]): logits (B, T, V), tokens (B, T) -> (B, T-1), nats. The
-    one shift."""
+    """log pi(tokens[:, t+1] | tokens[:, :t+1]): logits (B, T, V), tokens (B, T) -> (B, T-1), nats.
+
+    The one shift of this project: column t belongs to the action tokens[:, t + 1].
+    """
     logprobs = F.log_softmax(logits[:, :-1].float() / temperature, dim=-1)  # (B, T-1, V)
     return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
 def masked_logprobs(gpt, tokens, mask, temperature=1.0):
-    """token_logprobs(gpt(tokens), tokens, temperature) where mask (B, T-1) is True, 0 elsewhere.
+    """token_logprobs(gpt(tokens), tokens, temperature) where mask is True, 0 elsewhere, nats.
 
-    Logits are made at the unmasked positions only: with a small model the vocabulary is most of the work.
+    tokens (B, T), mask (B, T-1) -> (B, T-1). Logits are made at the unmasked positions only: with a
+    small model the vocabulary is most of the work.
     """
     hidden = gpt.hidden(tokens)[:, :-1][mask]  # (N, C)
     logprobs = F.log_softmax(gpt.lm_head(hidden).float() / temperature, dim=-1)  # (N, V)
@@ -343,7 +349,8 @@ def masked_logprobs(gpt, tokens, mask, temperature=1.0):
 class Cache:
     """Keys and values of every token seen so far, in buffers made once: (B, nh, S, hs) for each layer.
 
-    Rows stand at different lengths: the new tokens of row b go to the slots `positions[b]` and see the slots up to their own.
+    Rows stand at different lengths: the new tokens of row b go to the slots `positions[b]` and see the
+    slots up to their own.
     """
 
     def __init__(self, gpt, rows, slots):
@@ -366,6 +373,7 @@ class Cache:
         self.mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
 
     def extend(self, layer, k, v):
+        """Write k, v (B, nh, T, hs) to the slots of advance() -> all keys and values up to `end`."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
         for buffer, new in zip(self.buffers[layer], (k, v)):
             buffer[rows, :, self.positions] = new.transpose(1, 2).to(buffer.dtype)  # (B, T, nh, hs)
@@ -378,8 +386,8 @@ class Cache:
 
 
 def sample(logits, temperature, generator):
-    """One token for each row of logits (B, V): argmax at temperature 0, else a draw by inverting the
-    distribution."""
+    """One token for each row: logits (B, V) -> (B,). Argmax at temperature 0, else a draw by inverting
+    the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1)  # (B, V)
@@ -389,11 +397,12 @@ def sample(logits, temperature, generator):
 
 @torch.no_grad()
 def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=None):
-    """Sample a response to each prompt: no top-k, no top-p, since the policy is the distribution (InstructGPT, sec. 3.5).
+    """Sample a response to each prompt, without top-k or top-p: the policy is the distribution.
 
-    prompts: list of B lists of ids, ragged. Returns tokens (B, T), prompts with their responses, right-padded with 0, and
-    lengths (B,). A row ends after its eot, which is kept; with eot None no row ends early. Temperature 0 is greedy.
-    Raises ValueError if a prompt is empty or does not fit the context together with its response.
+    prompts: list of B lists of ids, ragged. Returns tokens (B, T), prompts with their responses,
+    right-padded with 0, and lengths (B,). A row ends after its eot, which is kept; with eot None no row
+    ends early. Temperature 0 is greedy. gpt must be in eval mode if it has dropout. Raises ValueError
+    if a prompt is empty or does not fit the context together with its response.
     """
     device = gpt.lm_head.weight.device
     longest = max(len(prompt) for prompt in prompts)
@@ -401,7 +410,8 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
         raise ValueError("a prompt is empty: give at least one token, for example eot")
     if longest + max_new_tokens > gpt.config.block_size:
         raise ValueError(
-            f"prompt has {longest} tokens and {max_new_tokens} are to follow, but the context is {gpt.config.block_size}: "
+            f"prompt has {longest} tokens and {max_new_tokens} are to follow, "
+            f"but the context is {gpt.config.block_size}: "
             "lower --max_prompt_tokens or --max_new_tokens"
         )
     # one batched prefill; equal prompts (K samples of one prompt) are read once
@@ -417,9 +427,7 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
     tokens, lengths = F.pad(tokens[rows], (0, max_new_tokens)), lengths[rows]  # (B, P+R), (B,)
 
     rows = torch.arange(len(prompts), device=device)  # the rows still in the batch
-    ended = torch.zeros(
-        len(prompts), dtype=torch.bool, device=device
-    )  # of these, the ones that have ended
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)  # which of these have ended
     for step in range(max_new_tokens):
         new = sample(logits, temperature, generator).masked_fill(ended, 0)
         tokens[rows, lengths[rows]] = new  # an ended row goes on writing padding behind its eot
@@ -448,8 +456,8 @@ def pad(rows, device="cpu"):
 
 
 def response_mask(prompt_lengths, lengths, T):
-    """(B,), (B,) -> mask (B, T-1): True where column t's action, tokens[:, t + 1], belongs to the
-    response, eot included."""
+    """prompt_lengths (B,), lengths (B,) -> mask (B, T-1) bool: True where column t's action, tokens[:,
+    t + 1], belongs to the response, eot included."""
     action = torch.arange(1, T, device=lengths.device)  # the index in tokens of each column's action
     return (action >= prompt_lengths[:, None]) & (action < lengths[:, None])
 
@@ -459,9 +467,11 @@ def response_mask(prompt_lengths, lengths, T):
 
 
 def configure(Config, scales, argv):
-    """Command line -> Config: the scale's defaults (a dict beside each Config), then the flags, --name=value.
+    """Command line -> Config: the scale's defaults (a dict beside each Config), then
+    the flags, --name=value.
 
-    Raises SystemExit for an unknown flag (with its near misses) and for a value of the wrong type.
+    Without --scale it is gpu if there is a GPU, else cpu. Raises SystemExit for an unknown flag (with
+    its near misses) or scale, and for a value of the wrong type.
     """
     kinds = {field.name: field.type for field in fields(Config)}
     flags = {}
@@ -497,14 +507,14 @@ def convert(name, text, kind):
 
 
 def check(condition, message):
-    """Bad input ends in one line on stderr and exit status 1."""
+    """Raises SystemExit unless condition: bad input ends in one line on stderr and exit status 1."""
     if not condition:
         raise SystemExit(message)
 
 
 def check_values(config):
-    """Before anything trains: sizes at least 1, rates above 0, the device there, the output folder
-    writable."""
+    """Before anything trains: sizes at least 1, rates above 0, no other number below 0, the device
+    there, the output folder made and writable. Raises SystemExit."""
     for name, value in asdict(config).items():
         if isinstance(value, int) and not isinstance(value, bool) and name != "seed":
             check(value >= 1, f"--{name}={value}: expected at least 1")
@@ -530,7 +540,7 @@ def check_values(config):
 
 
 def get_device(name):
-    """'' picks cuda if it is there, else cpu."""
+    """'' picks cuda if it is there, else cpu -> torch.device. Raises SystemExit if it is not there."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     check(name == "cpu" or name.startswith("cuda"), f"--device={name} is unknown: use cpu or cuda")
     check(
@@ -541,14 +551,13 @@ def get_device(name):
 
 
 def autocast(device):
-    """bf16 activations with fp32 master weights on a GPU (the paper: fp16 with fp32 masters), plain
-    fp32 on a CPU."""
+    """bf16 activations with fp32 master weights on a GPU (paper: fp16), plain fp32 on a CPU."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def adamw(model, lr, weight_decay=0.0):
-    """Adam with the paper's betas (0.9, 0.95); eps 1e-5 as in the original RLHF code. Decay on matrices
-    only."""
+    """Adam with the paper's betas (0.9, 0.95); eps 1e-5 as in the original RLHF code. Decay
+    of matrices only."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
@@ -556,7 +565,7 @@ def adamw(model, lr, weight_decay=0.0):
 
 
 def optimizer_step(optimizer, model, lr, grad_clip):
-    """Clip, step, clear; returns the gradient's norm before clipping."""
+    """Clip the gradients, step, clear them -> their norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
@@ -566,31 +575,28 @@ def optimizer_step(optimizer, model, lr, grad_clip):
 
 
 def cosine(step, steps, floor=0.1):
-    """Cosine decay of the learning rate to 10% of its peak, without warm-up (InstructGPT, App. C.1)."""
+    """Factor of the learning rate: a cosine from 1 to `floor`, without warm-up
+    (InstructGPT, App. C.1)."""
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def seed_step(seed, step, device):
     """A generator for this step alone, and torch's own state (dropout) set to match.
 
-    Every random draw of a stage is a function of (seed, step): a checkpoint needs no random states, and a run that was
-    stopped and started again draws what the unbroken run draws.
+    Every random draw of a stage is a function of (seed, step): a checkpoint needs no random states, and
+    a run that was stopped and started again draws what the unbroken run draws.
     """
     torch.manual_seed(seed * 1_000_003 + step)
     return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
-NOT_RESULTS = {
-    "out",
-    "device",
-    "log_every",
-    "save_seconds",
-}  # flags that may change between a run and its continuation
+# flags that may change between a run and its continuation
+NOT_RESULTS = {"out", "device", "log_every", "save_seconds"}
 
 
 def save_checkpoint(path, **checkpoint):
     """Write to a temporary name, then rename: a reader, or a kill, meets the old file or the new one,
-    never a part."""
+    never a part. Raises SystemExit if the file cannot be written; what was there before stays."""
     temporary = f"{path}.tmp"
     try:
         torch.save(checkpoint, temporary)
@@ -605,7 +611,7 @@ def save_checkpoint(path, **checkpoint):
 
 
 def load_checkpoint(path, kind, made_by):
-    """Read the dict that save_checkpoint wrote; kind is 'policy' or 'reward', made_by the command and flag to name.
+    """Read the dict that save_checkpoint wrote; kind is 'policy' or 'reward', made_by says what to do.
 
     Raises SystemExit if the file is missing, damaged, not ours, or holds the other kind.
     """
@@ -613,9 +619,7 @@ def load_checkpoint(path, kind, made_by):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"]
-    except (
-        Exception
-    ):  # torch.load fails in many ways on a file that is cut short or was never a checkpoint
+    except Exception:  # torch.load fails in many ways on what is cut short or was never a checkpoint
         raise SystemExit(
             f"{path} is damaged or is not a checkpoint of this project: delete it, then {made_by}"
         ) from None
@@ -630,7 +634,8 @@ def load_checkpoint(path, kind, made_by):
 def resume(path, kind, settings):
     """The checkpoint at path if there is one, made with the same settings; else None.
 
-    Raises SystemExit, naming the flags, if it was made with others: it is neither retrained nor overwritten.
+    Raises SystemExit, naming the flags, if it was made with others: it is neither
+    retrained nor overwritten.
     """
     if not os.path.exists(path):
         return None
@@ -643,31 +648,33 @@ def resume(path, kind, settings):
 
 
 def is_finished(path):
-    """Is there a finished checkpoint at path?"""
+    """Is there a finished checkpoint at path? Raises SystemExit if the file is damaged or not ours."""
     if not os.path.exists(path):
         return False
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["finished"]
     except Exception:
         raise SystemExit(
-            f"{path} is damaged or is not a checkpoint of this project: delete it and run the same command again"
+            f"{path} is damaged or is not a checkpoint of this project: "
+            "delete it and run the same command again"
         ) from None
 
 
 def load_policy(path, made_by, device, epoch=None):
-    """-> GPT in eval mode, its checkpoint. epoch picks one of the kept epochs of sft.pt; None is the
-    last."""
+    """-> GPT in eval mode, its checkpoint. epoch picks one of the kept epochs of sft.pt; None
+    is the last.
+
+    Raises SystemExit as load_checkpoint does, and if the checkpoint is not finished.
+    """
     checkpoint = load_checkpoint(path, "policy", made_by)
     check(checkpoint["finished"], f"{path} is not finished: {made_by}")
-    gpt = GPT(
-        GPTConfig(**{**checkpoint["config"], "dropout": 0.0})
-    )  # dropout is for SFT only: table row in README
+    gpt = GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0}))  # dropout is for SFT only
     gpt.load_state_dict(checkpoint["epochs"][epoch] if epoch else checkpoint["weights"])
     return gpt.to(device).eval(), checkpoint
 
 
 def load_reward(path, made_by, device):
-    """-> ScalarGPT in eval mode, its checkpoint."""
+    """-> ScalarGPT in eval mode, its checkpoint. Raises SystemExit as load_policy does."""
     checkpoint = load_checkpoint(path, "reward", made_by)
     check(checkpoint["finished"], f"{path} is not finished: {made_by}")
     model = ScalarGPT(GPT(GPTConfig(**checkpoint["config"])))
@@ -676,8 +683,7 @@ def load_reward(path, made_by, device):
 
 
 class Saver:
-    """Says when a loop must save: every `seconds`, and after Ctrl-C, which then ends the run between
-    two steps."""
+    """Saves every `seconds`, and after Ctrl-C, which then ends the run between two steps."""
 
     def __init__(self, path, seconds):
         self.path, self.seconds, self.last, self.interrupted = path, seconds, time.monotonic(), False
@@ -695,7 +701,8 @@ class Saver:
         self.interrupted = True
 
     def save_if_due(self, step, checkpoint):
-        """checkpoint: a function without arguments that returns the dict to save."""
+        """checkpoint: a function without arguments that returns the dict to save. Raises SystemExit
+        after Ctrl-C, once the step is saved."""
         if not self.interrupted and time.monotonic() - self.last < self.seconds:
             return
         save_checkpoint(self.path, **checkpoint())
@@ -707,14 +714,16 @@ class Saver:
 
 
 class Log:
-    """One JSON object a line in a file, and one fixed-width line on the console. Rows after `step` are
-    cut away first."""
+    """One JSON object a line in a file, and one line on the console. Rows after `step`, and a last line
+    that was cut short, are removed first."""
 
     def __init__(self, path, step):
         self.path, kept = path, []
         if os.path.exists(path):
             with open(path) as file:
-                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+                kept = [
+                    line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step
+                ]
         with open(path + ".tmp", "w") as file:
             file.writelines(kept)
         os.replace(path + ".tmp", path)
@@ -733,10 +742,11 @@ class Log:
 
 
 def check_finite(loss, step, path):
-    """Stop at the first loss that is not a number, before it reaches the checkpoint."""
+    """Raises SystemExit at the first loss that is not a number, before it reaches the checkpoint."""
     check(
         math.isfinite(loss),
-        f"the loss is {loss} at step {step}: lower the learning rate; {path} keeps the last good step, if one was saved",
+        f"the loss is {loss} at step {step}: lower the learning rate; "
+        f"{path} keeps the last good step, if one was saved",
     )
 
 
@@ -748,7 +758,8 @@ def peak_memory_gb():
 
 
 def run(main, Config, scales):
-    """What stands under `if __name__ == "__main__"` of every stage."""
+    """What stands under `if __name__ == "__main__"` of every stage: no traceback for what
+    a user caused."""
     try:
         main(configure(Config, scales, sys.argv[1:]))
     except KeyboardInterrupt:

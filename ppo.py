@@ -1,22 +1,26 @@
 """
 Stage 3: PPO-ptx against the reward model (InstructGPT, sec. 3.5 and App. C.4).
 
-    objective = E[ r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)) ]  +  ptx_coef * E[ log pi(pretraining text) ]       eq. 2
+    objective = E[ r(x, y) - beta * log(pi(y|x) / pi_ref(y|x)) ]
+                + ptx_coef * E[ log pi(pretraining text) ]                                         eq. 2
 
-Four networks: the policy; its frozen reference, the PPO initialisation; the frozen reward model; the value model, a
-copy of the reward model with its own learning rate. One iteration: sample responses, score them, spread the KL penalty
-over the tokens, estimate advantages, then one pass over eight minibatches of clipped policy gradient, value regression
-and language modelling. ppo.pt holds the moving average of the weights, which is what the paper evaluates.
+Four networks: the policy; its frozen reference, the PPO initialisation; the frozen reward model; the
+value model, a copy of the reward model with its own learning rate. One iteration: sample responses,
+score them, spread the KL penalty over the tokens, estimate advantages, then one pass over eight
+minibatches of clipped policy gradient, value regression and language modelling. The weights of ppo.pt
+are the moving average, which is what the paper evaluates.
 
 Differs from the paper in:
-    1. lambda of GAE, Adam's epsilon, gradient clipping, whitening and the penalty for a missing eot are not in the paper:
-       the values here are those of its predecessors (Stiennon et al. 2020, Ziegler et al. 2019);
-    2. beta, ptx_coef and the learning rates fit a small model and its reward scale; the paper's stand in the comments.
+    1. lambda of GAE, Adam's epsilon, gradient clipping, whitening, value clipping and the penalty for a
+       missing eot are not in the paper: the values here are those of its predecessors (Stiennon et al.
+       2020, Ziegler et al. 2019);
+    2. beta, ptx_coef and the learning rates fit a small model and its reward scale; the paper's stand
+       in the comments.
 
-    python ppo.py                     trains whatever is missing before it; 10 minutes on two CPU cores; writes ppo.pt
-    python ppo.py --scale=tiny        the whole chain in seconds; its numbers mean nothing
-    python ppo.py --ptx_coef=0        plain PPO
-    python ppo.py --reward=gold       the world's gold preference in place of the reward model: the bound
+    python ppo.py                  trains what is missing before it; 10 minutes on two CPU cores; ppo.pt
+    python ppo.py --scale=tiny     the whole chain in seconds; its numbers mean nothing
+    python ppo.py --ptx_coef=0     plain PPO
+    python ppo.py --reward=gold    the world's gold preference in place of the reward model: the bound
 """
 
 import copy
@@ -52,7 +56,7 @@ class Config:
     reward: str = ""  # '' is out/reward.pt; gold scores by the world's gold preference
 
     # rollouts
-    episodes: int = 20_480  # responses in all (paper: 256k)
+    episodes: int = 24_576  # responses in all (paper: 256k)
     rollout_size: int = 256  # responses per iteration (paper: 512)
     max_new_tokens: int = 28  # (paper: 1k)
     temperature: float = 1.0  # as the paper
@@ -92,14 +96,8 @@ SCALES = dict(
     cpu=dict(),
     gpu=dict(episodes=256_000, rollout_size=512, minibatch_size=64, ptx_ratio=8),
     gpt2=dict(
-        encoding="gpt2",
-        base="gpt2",
-        episodes=25_600,
-        rollout_size=128,
-        max_new_tokens=128,
-        lr=5e-6,
-        value_lr=9e-6,
-        beta=0.02,
+        encoding="gpt2", base="gpt2", episodes=25_600, rollout_size=128, max_new_tokens=128, lr=5e-6,
+        value_lr=9e-6, beta=0.02,
     ),
 )
 
@@ -109,9 +107,10 @@ SCALES = dict(
 
 
 def kl_shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
-    """Reward per token: -beta * (logprobs - ref_logprobs), plus the score on the last action (eq. 2, spread over tokens).
+    """Reward per token: -beta * (logprobs - ref_logprobs), plus the score on the last action (eq. 2).
 
-    scores (B,), logprobs, ref_logprobs, mask (B, T-1) -> rewards (B, T-1), whose sum is score - beta * kl of the response.
+    scores (B,), logprobs, ref_logprobs (B, T-1) in nats, mask (B, T-1) -> rewards (B, T-1) in score
+    units, whose sum over a row is score - beta * kl of the response. 0 where masked.
     """
     rewards = -beta * (logprobs - ref_logprobs) * mask
     columns = torch.arange(mask.size(1), device=mask.device)
@@ -121,10 +120,12 @@ def kl_shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
 
 
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16) -> advantages, returns, both (B, T-1), 0 where masked.
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16).
 
     delta_t = rewards_t + gamma * values_{t+1} - values_t        values are 0 after the last action
     advantages_t = delta_t + gamma * lam * advantages_{t+1}      returns = advantages + values
+
+    rewards, values, mask (B, T-1) -> advantages, returns (B, T-1), score units, 0 where masked.
     """
     rewards, values = rewards * mask, values * mask
     advantages = torch.zeros_like(rewards)
@@ -139,13 +140,13 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def masked_mean(x, mask):
-    """Mean over the unmasked tokens of the batch -> scalar."""
+    """Mean over the unmasked tokens of the batch: x, mask (B, T-1) -> scalar."""
     return (x * mask).sum() / mask.sum()
 
 
 def whiten(x, mask, shift_mean=True):
-    """Unit variance over unmasked tokens (population variance), zero mean unless shift_mean is False; 0
-    where masked."""
+    """Unit variance over the unmasked tokens of the batch (population variance), and zero mean unless
+    shift_mean is False: x, mask (B, T-1) -> (B, T-1), 0 where masked."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -153,27 +154,33 @@ def whiten(x, mask, shift_mean=True):
 
 
 def policy_loss(new_logprobs, logprobs, advantages, mask, cliprange):
-    """The clipped surrogate (PPO eq. 7) -> loss (mean over unmasked tokens), clipfrac (share of them
-    where the clip binds)."""
+    """The clipped surrogate (PPO eq. 7), ratio = pi / pi_at_sampling per token, all inputs (B, T-1).
+
+    loss = mean over unmasked tokens of max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange))
+    -> loss, clipfrac (share of the unmasked tokens where the clipped term is the larger)
+    """
     ratio = (new_logprobs - logprobs).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    return masked_mean(torch.maximum(unclipped, clipped), mask), masked_mean(
-        (clipped > unclipped).float(), mask
-    )
+    clipfrac = masked_mean((clipped > unclipped).float(), mask)
+    return masked_mean(torch.maximum(unclipped, clipped), mask), clipfrac
 
 
 def value_loss(new_values, values, returns, mask, cliprange_value):
-    """Half the squared error, the larger of that of the new value and of the new value kept near the
-    old -> scalar."""
+    """Half the squared error to the returns, of the new value or of the new value kept
+    within cliprange_value of the old, whichever is larger: all (B, T-1) -> mean over
+    unmasked tokens, scalar."""
     clipped = values + (new_values - values).clamp(-cliprange_value, cliprange_value)
     return 0.5 * masked_mean(torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
 def kl_estimates(logprobs, ref_logprobs, mask):
-    """KL(policy || ref) in nats per response, from actions of the policy (Schulman, "Approximating KL divergence"):
+    """KL(policy || ref) in nats per response, from the policy's own actions (Schulman, "Approximating
+    KL divergence"): logprobs, ref_logprobs, mask (B, T-1) -> k1 (B,), k3 (B,)
 
-    k1 = -log r    k3 = (r - 1) - log r    with r = ref / policy;  both unbiased, k3 never negative.  -> (B,), (B,)
+    k1 = -log r        k3 = (r - 1) - log r        with r = ref / policy per token
+
+    Both are unbiased; k3 is never negative.
     """
     log_r = (ref_logprobs - logprobs) * mask
     return -log_r.sum(1), (log_r.exp() - 1 - log_r).sum(1)
@@ -181,13 +188,14 @@ def kl_estimates(logprobs, ref_logprobs, mask):
 
 def explained_variance(values, returns, mask):
     """1 - var(returns - values) / var(returns) over unmasked tokens: 1 is perfect, 0 no better than a
-    constant."""
+    constant. values, returns, mask (B, T-1) -> float."""
     error, spread = (returns - values)[mask], returns[mask]
     return float(1 - error.var(correction=0) / spread.var(correction=0).clamp(min=1e-8))
 
 
 def warmup(iteration, iterations):
-    """Linear over the first `iterations`, from a tenth of the peak: 0.1 at iteration 0 (App. C.4)."""
+    """Factor of the learning rate, linear over the first `iterations`: 0.1 at iteration
+    0 (App. C.4)."""
     return min(1.0, 0.1 + 0.9 * iteration / iterations)
 
 
@@ -203,8 +211,8 @@ def update_ema(ema, gpt, decay):
 
 
 def by_length(function, tokens, lengths, mask, size):
-    """function(tokens (b, T), mask (b, T-1)) -> (b, T-1), on `size` rows of similar length at a time, each piece cut to
-    its longest row: the numbers of one padded batch (B, T-1), twice as quickly and in less memory."""
+    """function(tokens (b, T), mask (b, T-1)) -> (b, T-1), on `size` rows of similar length at a time,
+    each piece cut to its longest row -> (B, T-1): the numbers of one padded batch, twice as quickly."""
     order, results = lengths.argsort(), []
     for rows in order.split(size):
         T = int(lengths[rows].max())
@@ -215,8 +223,12 @@ def by_length(function, tokens, lengths, mask, size):
 
 @torch.no_grad()
 def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, generator, gold=None):
-    """Sample a response to each prompt and judge it. prompts: list of lists of ids. -> dict of tensors
-    on (B, T-1) or (B,)."""
+    """Sample a response to each prompt (list of B lists of ids) and judge it, without gradients.
+
+    gold(tokens, prompt_lengths, lengths) -> scores (B,) replaces the reward model's scores. Returns a
+    dict: tokens (B, T), lengths, prompt_lengths, scores, ended (B,), and mask, logprobs, ref_logprobs,
+    values, advantages (whitened), returns (B, T-1); seconds_generate, seconds_score.
+    """
     device = policy.lm_head.weight.device
     size = 4 * config.microbatch_size  # rows at a time: without gradients four times as many fit
     started = time.monotonic()
@@ -229,24 +241,18 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         mask = model.response_mask(prompt_lengths, lengths, tokens.size(1))
         # 2. score prompt and response at the last token; a response that did not end loses a constant
-        last = (
-            torch.arange(1, tokens.size(1), device=device) == lengths[:, None] - 1
-        )  # (B, T-1): the last action
-        judged = by_length(
-            lambda t, m: reward_model(t)[:, 1:].float(), tokens, lengths, mask, size
-        )  # after each action
+        last = torch.arange(1, tokens.size(1), device=device) == lengths[:, None] - 1  # (B, T-1)
+        # (B, T-1): the scalar after each action
+        judged = by_length(lambda t, m: reward_model(t)[:, 1:].float(), tokens, lengths, mask, size)
         scores = gold(tokens, prompt_lengths, lengths) if gold else (judged * last).sum(1)  # (B,)
         ended = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == tokenizer.eot
         penalised = scores - config.eot_penalty * ~ended
-        # 3. log-probabilities in the numerics of the update, so that its first ratio is 1;
-        # reference; values before each action
+        # 3. log-probabilities, in the numerics of the update so that its first ratio is 1, and those
+        #    of the reference; values of the states before each action
         logprobs, ref_logprobs = (
             by_length(
-                lambda t, m: model.masked_logprobs(gpt, t, m, config.temperature),
-                tokens,
-                lengths,
-                mask,
-                size,
+                lambda t, m: model.masked_logprobs(gpt, t, m, config.temperature), tokens, lengths,
+                mask, size,
             )
             for gpt in (policy, ref)
         )
@@ -257,18 +263,9 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
     advantages = whiten(advantages, mask)
     return dict(
-        tokens=tokens,
-        lengths=lengths,
-        prompt_lengths=prompt_lengths,
-        mask=mask,
-        scores=scores,
-        ended=ended,
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        values=values,
-        advantages=advantages,
-        returns=returns,
-        seconds_generate=generated - started,
+        tokens=tokens, lengths=lengths, prompt_lengths=prompt_lengths, mask=mask, scores=scores,
+        ended=ended, logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, advantages=advantages,
+        returns=returns, seconds_generate=generated - started,
         seconds_score=time.monotonic() - generated,
     )
 
@@ -280,13 +277,14 @@ def print_samples(tokenizer, batch, count=2):
         ids = batch["tokens"][i].tolist()
         kl = float((batch["logprobs"][i] - batch["ref_logprobs"][i]).sum())
         print(
-            f"    score {float(batch['scores'][i]):.2f}  kl {kl:.2f}  {tokenizer.decode(ids[:start])!r} -> {tokenizer.decode(ids[start:end])!r}"
+            f"    score {float(batch['scores'][i]):.2f}  kl {kl:.2f}  "
+            f"{tokenizer.decode(ids[:start])!r} -> {tokenizer.decode(ids[start:end])!r}"
         )
 
 
 def ensure(config):
-    """Train the defaults that are missing before PPO, each by its own stage, with this run's shared
-    flags."""
+    """Train the defaults that are missing before PPO, each by its own stage, with this
+    run's shared flags."""
     shared = {
         name: getattr(config, name) for name in ("scale", "out", "seed", "data", "device", "encoding")
     }
@@ -295,22 +293,17 @@ def ensure(config):
     if not all(model.is_finished(os.path.join(config.out, f"{name}.pt")) for name in wanted):
         sft.main(sft.Config(**{**sft.SCALES[config.scale], **shared, **given}))
     if config.reward in ("", "gold") and not model.is_finished(os.path.join(config.out, "reward.pt")):
-        reward.main(
-            reward.Config(
-                **{
-                    **reward.SCALES[config.scale],
-                    **shared,
-                    **(dict(sft=config.sft) if config.sft else {}),
-                }
-            )
-        )
+        given = dict(sft=config.sft) if config.sft else {}
+        reward.main(reward.Config(**{**reward.SCALES[config.scale], **shared, **given}))
 
 
 def main(config):
+    """Train ppo.pt in config.out, or go on with it, after what it needs; then print the last table."""
     model.check_values(config)
     check(
         config.rollout_size % config.minibatch_size == 0,
-        f"--rollout_size={config.rollout_size} is not a multiple of --minibatch_size={config.minibatch_size}: change one of them",
+        f"--rollout_size={config.rollout_size} is not a multiple of "
+        f"--minibatch_size={config.minibatch_size}: change one of them",
     )
     check(
         config.episodes >= config.rollout_size,
@@ -349,10 +342,10 @@ def main(config):
     tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
     policy, value_model, ema = copy.deepcopy(ref), copy.deepcopy(reward_model), copy.deepcopy(ref)
     ref.requires_grad_(False), reward_model.requires_grad_(False)
-    optimizer, value_optimizer = model.adamw(policy, config.lr), model.adamw(value_model, config.value_lr)
-    print(
-        f"policy {sum(p.numel() for p in policy.parameters()):,} parameters, reward and value model {sum(p.numel() for p in value_model.parameters()):,}"
-    )
+    optimizer = model.adamw(policy, config.lr)
+    value_optimizer = model.adamw(value_model, config.value_lr)
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (policy, value_model)]
+    print(f"policy {sizes[0]:,} parameters, reward and value model {sizes[1]:,}")
 
     # 2. prompts that leave room for a response, and pretraining text
     rows = [dict(row, ids=tokenizer.encode(row["prompt"])) for row in datasets["prompts"]]
@@ -363,7 +356,7 @@ def main(config):
     world = data.World() if config.reward == "gold" else None
 
     # 3. where a run that was stopped goes on
-    iterations, begin = config.episodes // config.rollout_size, 0
+    iterations = config.episodes // config.rollout_size
     checkpoint = model.resume(path, "policy", settings)
     if checkpoint and not checkpoint["finished"]:
         policy.load_state_dict(checkpoint["policy"])
@@ -376,17 +369,10 @@ def main(config):
 
     def state(iteration):
         return dict(
-            kind="policy",
-            config=asdict(policy.config),
-            weights=ema.state_dict(),
-            epochs={},
-            step=iteration,
-            finished=iteration == iterations,
-            settings=settings,
-            tokenizer=tokenizer.state(),
-            policy=policy.state_dict(),
-            value_model=value_model.state_dict(),
-            optimizer=optimizer.state_dict(),
+            kind="policy", config=asdict(policy.config), weights=ema.state_dict(), epochs={},
+            step=iteration, finished=iteration == iterations, settings=settings,
+            tokenizer=tokenizer.state(), policy=policy.state_dict(),
+            value_model=value_model.state_dict(), optimizer=optimizer.state_dict(),
             value_optimizer=value_optimizer.state_dict(),
         )
 
@@ -397,8 +383,8 @@ def main(config):
         tqdm(total=iterations, initial=begin, disable=None) as bar,
     ):
         for iteration in range(begin + 1, iterations + 1):
-            # 4. prompts, each once before any comes again; everything random is a function
-            # of seed and iteration
+            # 4. prompts, each once before any comes again; everything random is a function of seed and
+            #    iteration
             generator = model.seed_step(config.seed, iteration, device)
             rng = np.random.default_rng([config.seed, 3, iteration])
             chosen = [
@@ -407,15 +393,8 @@ def main(config):
             ]
             gold = gold_scores(world, chosen, tokenizer) if world else None
             batch = rollout(
-                policy,
-                ref,
-                reward_model,
-                value_model,
-                [row["ids"] for row in chosen],
-                tokenizer,
-                config,
-                generator,
-                gold,
+                policy, ref, reward_model, value_model, [row["ids"] for row in chosen], tokenizer,
+                config, generator, gold,
             )
 
             # 5. the update: minibatches in random order, every response once per pass
@@ -423,30 +402,20 @@ def main(config):
             factor = warmup(iteration - 1, config.warmup)
             passes = [rng.permutation(config.rollout_size) for _ in range(config.ppo_epochs)]
             minibatches = np.concatenate(passes).reshape(-1, config.minibatch_size)
+            count = config.ptx_ratio * config.minibatch_size
             ptx = [
-                data.document_batch(data.draw(documents, config.ptx_ratio * config.minibatch_size, rng))
-                if config.ptx_coef
-                else None
+                data.document_batch(data.draw(documents, count, rng)) if config.ptx_coef else None
                 for _ in minibatches
             ]
-            stats = [
-                update(
-                    policy,
-                    value_model,
-                    ema,
-                    optimizer,
-                    value_optimizer,
-                    {
-                        name: x[torch.from_numpy(rows_of).to(device)]
-                        for name, x in batch.items()
-                        if torch.is_tensor(x)
-                    },
-                    ptx_batch,
-                    factor,
+            tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
+            stats = []
+            for rows_of, ptx_batch in zip(minibatches, ptx):
+                picked = torch.from_numpy(rows_of).to(device)
+                minibatch = {name: x[picked] for name, x in tensors.items()}
+                stats.append(update(
+                    policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_batch, factor,
                     config,
-                )
-                for rows_of, ptx_batch in zip(minibatches, ptx)
-            ]
+                ))
             model.check_finite(
                 sum(s["policy_loss"] + s["value_loss"] + s["ptx_loss"] for s in stats), iteration, path
             )
@@ -463,22 +432,23 @@ def main(config):
                 print_samples(tokenizer, batch)
             if iteration > 5 and row["kl"] < -0.1:
                 print(
-                    f"warning: mean kl {row['kl']:.2f} per response is negative: sampling and log-probabilities disagree"
+                    f"warning: mean kl {row['kl']:.2f} per response is negative: "
+                    "sampling and log-probabilities disagree"
                 )
             saver.save_if_due(iteration, lambda: state(iteration))
     if begin < iterations:
         model.save_checkpoint(path, **state(iterations))
-        print(
-            f"wrote {path}: {iterations} iterations, {time.monotonic() - started:.0f} s, peak memory {model.peak_memory_gb():.2f} GB"
-        )
+        seconds, memory = time.monotonic() - started, model.peak_memory_gb()
+        print(f"wrote {path}: {iterations} iterations, {seconds:.0f} s, peak memory {memory:.2f} GB")
 
     # 7. did it work?
     eval.last_table(config, device)
 
 
 def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_batch, factor, config):
-    """One minibatch: gradients of the PPO and of the pretraining term add up, then one step (App. C.4)
-    -> dict of numbers."""
+    """One minibatch: gradients of the PPO and of the pretraining term add up, then one step (App. C.4),
+    and one step of the value model. minibatch: rows of rollout()'s tensors; ptx_batch: tokens, mask, or
+    None for plain PPO; factor: that of warmup(). -> dict of numbers."""
     tokens, lengths, mask, logprobs = (
         minibatch[name] for name in ("tokens", "lengths", "mask", "logprobs")
     )
@@ -486,13 +456,12 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     # policy: eq. 2, first term
     with model.autocast(device):
         new_logprobs = by_length(
-            lambda t, m: model.masked_logprobs(policy, t, m, config.temperature),
-            tokens,
-            lengths,
-            mask,
+            lambda t, m: model.masked_logprobs(policy, t, m, config.temperature), tokens, lengths, mask,
             size,
         )
-    loss, clipfrac = policy_loss(new_logprobs, logprobs, minibatch["advantages"], mask, config.cliprange)
+    loss, clipfrac = policy_loss(
+        new_logprobs, logprobs, minibatch["advantages"], mask, config.cliprange
+    )
     loss.backward()
     # policy: eq. 2, second term, into the same gradients
     ptx_loss = torch.zeros(())
@@ -533,17 +502,13 @@ def measure(batch, stats, iteration, config):
         score=float(batch["scores"].mean()),  # before the penalty for a missing eot
         kl=float(k1.mean()),  # nats per response
         kl3=float(k3.mean()),
-        entropy=float(
-            -masked_mean(batch["logprobs"], mask)
-        ),  # nats per token, estimated by -log pi of the samples
+        entropy=float(-masked_mean(batch["logprobs"], mask)),  # nats per token: mean -log pi
         length=float(mask.sum(1).float().mean()),  # tokens
         eot_rate=float(batch["ended"].float().mean()),
         clipfrac=mean("clipfrac"),
         approx_kl=mean("approx_kl"),  # new against old policy, k2, nats per token
-        first_ratio=stats[0][
-            "max_ratio"
         # the largest of the first minibatch: 1, or log-probabilities differ between rollout and update
-        ],
+        first_ratio=stats[0]["max_ratio"],
         explained_variance=explained_variance(batch["values"], batch["returns"], mask),
         policy_loss=mean("policy_loss"),
         value_loss=mean("value_loss"),
@@ -554,7 +519,10 @@ def measure(batch, stats, iteration, config):
 
 
 def gold_scores(world, tasks, tokenizer):
-    """--reward=gold: the gold preference as the reward, the bound of what a reward model could give."""
+    """--reward=gold: the gold preference as the reward, the bound of what a reward model could give.
+
+    -> a function of tokens (B, T), prompt_lengths (B,), lengths (B,) that returns scores (B,).
+    """
 
     def scores(tokens, prompt_lengths, lengths):
         texts = [

@@ -1,22 +1,23 @@
 """
 Stage 2: the reward model, from rankings of K responses (InstructGPT, sec. 3.5 and App. C.2).
 
-    loss = - 1 / C(K,2) * sum over pairs (w better than l) of log sigmoid(r(x, y_w) - r(x, y_l))        eq. 1
+    loss = - 1 / C(K,2) * sum over pairs (w better than l) of log sigmoid(r(x, y_w) - r(x, y_l))   eq. 1
 
-All pairs of a prompt come from K forward passes and are one element of a batch: they are strongly correlated, and a
-model that met them shuffled would meet every response K-1 times. One epoch. At last the head's bias is shifted so
-that the demonstrations score 0 on average.
+All pairs of a prompt come from K forward passes and are one element of a batch: they are strongly
+correlated, and a model that met them shuffled would meet every response K-1 times. One epoch. At last
+the head's bias is shifted so that the demonstrations score 0 on average.
 
-In the world the responses are sampled and ranked here first (out/comparisons.jsonl, the format of --data); with
---data=DIR they are read from DIR/comparisons.jsonl.
+In the world the responses are sampled and ranked here first (out/comparisons.jsonl, the format of
+--data); with --data=DIR they are read from DIR/comparisons.jsonl.
 
 Differs from the paper in:
     1. the loss divides by the pairs that are kept when ties are dropped; the paper does not say;
-    2. the responses of a prompt come from several sources (COLLECTED below), not from supervised models only: a small
-       reward model that never saw a reply to another question gives such replies full marks (README).
+    2. the responses of a prompt come from several sources (COLLECTED below), not from supervised models
+       only: a small reward model that never saw a reply to another question gives such replies full
+       marks (README).
 
     python reward.py                  after python sft.py; 4 minutes on two CPU cores; writes reward.pt
-    python reward.py --folds=5        only measures how the model agrees with labelers it did not learn from
+    python reward.py --folds=5        only measures agreement with labelers it did not learn from
 """
 
 import json
@@ -86,8 +87,9 @@ COLLECTED = dict(
 def ranking_loss(scores, ranks):
     """InstructGPT eq. 1: scores (B, K), ranks (B, K) -> scalar, nats per pair.
 
-    Rank 1 is best; equal ranks are a tie, whose pair is dropped; rank 0 is an empty slot. Mean over a prompt's kept
-    pairs, then over the prompts that have any: a prompt with 36 pairs weighs as much as one with 6.
+    Rank 1 is best; equal ranks are a tie, whose pair is dropped; rank 0 is an empty slot. Mean over a
+    prompt's kept pairs, then over the prompts that have any: a prompt with 36 pairs weighs as much as
+    one with 6. Without any pair the loss is 0.
     """
     better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)  # (B, K, K): w, l
     losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :]) * better  # (B, K, K)
@@ -97,13 +99,15 @@ def ranking_loss(scores, ranks):
 
 
 def score(reward_model, tokens, lengths):
-    """The scalar at the last real token of each row, which is eot if the response ended: tokens (B, T)
-    -> (B,)."""
+    """The scalar at the last real token of each row, which is eot if the response ended.
+
+    tokens (B, T), lengths (B,) -> (B,), score units.
+    """
     return reward_model(tokens).gather(1, lengths[:, None] - 1).squeeze(1)
 
 
 def score_rows(reward_model, rows, device, piece=24):
-    """Lists of ids -> scores (N,). In pieces of similar length, each cut to its longest: 1.5x quicker
+    """N lists of ids -> scores (N,), in pieces of similar length, each cut to its longest: 1.5x quicker
     than one padded batch."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = [
@@ -114,18 +118,23 @@ def score_rows(reward_model, rows, device, piece=24):
 
 
 def encode_comparisons(tokenizer, rows, block_size):
-    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks); sampled ids are
-    taken as they are."""
+    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks).
+
+    Sampled ids ("tokens") are taken as they are. Groups longer than the context are dropped and
+    counted; raises SystemExit if none is left.
+    """
     groups = []
     for row in rows:
         prompt = tokenizer.encode(row["prompt"])
-        responses = row.get("tokens") or [tokenizer.encode(r) + [tokenizer.eot] for r in row["responses"]]
+        responses = row.get("tokens") or [
+            tokenizer.encode(r) + [tokenizer.eot] for r in row["responses"]
+        ]
         groups.append(([prompt + response for response in responses], row["ranks"]))
     return data.fitting(groups, lambda group: max(map(len, group[0])), block_size, "comparisons")
 
 
 def score_groups(reward_model, groups, device):
-    """Groups of K rows -> scores (B, K) of all responses, ranks (B, K), 0 in empty slots."""
+    """B groups of K rows -> scores (B, K) of all responses, ranks (B, K), 0 in empty slots."""
     scores = score_rows(reward_model, [row for rows, _ in groups for row in rows], device).float()
     per_prompt = scores.split([len(ranks) for _, ranks in groups])
     ranks = [torch.tensor(ranks, device=device) for _, ranks in groups]
@@ -135,7 +144,8 @@ def score_groups(reward_model, groups, device):
 
 @torch.no_grad()
 def evaluate(reward_model, groups, device):
-    """Loss, and accuracy: the share of untied pairs ordered as the labeler did."""
+    """-> dict of valid_loss, nats per pair as ranking_loss averages, and accuracy, the share of untied
+    pairs ordered as the labeler did."""
     loss, prompts, right, pairs = 0.0, 0, 0, 0
     for i in range(0, len(groups), 32):
         scores, ranks = score_groups(reward_model, groups[i : i + 32], device)  # (B, K)
@@ -150,17 +160,18 @@ def evaluate(reward_model, groups, device):
 
 @torch.no_grad()
 def mean_score(reward_model, pairs, device):
-    """Mean score of the demonstrations, eot included."""
+    """Mean score of the demonstrations, pairs of (prompt ids, response ids with eot) -> float."""
     rows = [prompt + response for prompt, response in pairs]
-    return float(
-        torch.cat(
-            [score_rows(reward_model, rows[i : i + 256], device) for i in range(0, len(rows), 256)]
-        ).mean()
-    )
+    pieces = [score_rows(reward_model, rows[i : i + 256], device) for i in range(0, len(rows), 256)]
+    return float(torch.cat(pieces).mean())
 
 
 def train_step(reward_model, optimizer, batch, lr, config, device):
-    """One optimizer step on a batch of prompts: K forwards for each, all its pairs in the loss -> loss."""
+    """One optimizer step on a batch of groups: K forwards for each, all its pairs in the loss
+    -> loss, float.
+
+    If that is not finite, no step is made.
+    """
     with model.autocast(device):
         scores, ranks = score_groups(reward_model, batch, device)  # (B, K)
     loss = ranking_loss(scores, ranks)
@@ -171,10 +182,12 @@ def train_step(reward_model, optimizer, batch, lr, config, device):
 
 
 def cross_validate(sft, groups, rows, config, device):
-    """Do reward models generalise to labelers they did not learn from? (InstructGPT, sec. 4.1 and App. E.2: 69.6% against 72.4%)
+    """Do reward models generalise to labelers they did not learn from? (InstructGPT, sec. 4.1 and App.
+    E.2: 69.6% against 72.4% on their own)
 
-    Labelers are dealt into config.folds groups; a model learns from all but one, and is tested on that one and, with prompts
-    it has not seen, on its own. Prints both accuracies for each fold; writes out/folds.json.
+    Labelers are dealt into config.folds groups; a model learns from all but one, and is tested on that
+    one and, with prompts it has not seen, on its own. Prints both accuracies for each fold and writes
+    out/folds.json. Raises SystemExit if there are fewer labelers than folds.
     """
     names = sorted({row.get("labeler") for row in rows} - {None})
     check(
@@ -182,7 +195,8 @@ def cross_validate(sft, groups, rows, config, device):
         f"--folds={config.folds}: the comparisons name {len(names)} labelers, fewer than that",
     )
     check(
-        len(rows) == len(groups), "some comparisons are longer than the context: remove them for --folds"
+        len(rows) == len(groups),
+        "some comparisons are longer than the context: remove them for --folds",
     )
     fold_of = {name: i % config.folds for i, name in enumerate(names)}
     results = []
@@ -196,17 +210,14 @@ def cross_validate(sft, groups, rows, config, device):
         batches = data.bucketed([len(rows[0]) for rows, _ in train], config.batch, config.seed)
         for step, batch in enumerate(tqdm(batches, desc=f"fold {fold + 1}", disable=None)):
             train_step(
-                reward_model,
-                optimizer,
-                [train[i] for i in batch],
-                config.lr * model.cosine(step, len(batches)),
-                config,
-                device,
+                reward_model, optimizer, [train[i] for i in batch],
+                config.lr * model.cosine(step, len(batches)), config, device,
             )
         accuracies = [evaluate(reward_model, part, device)["accuracy"] for part in (own, others)]
         results.append(accuracies)
         print(
-            f"fold {fold + 1}: accuracy on its own labelers {accuracies[0]:.3f}, on those it did not learn from {accuracies[1]:.3f}",
+            f"fold {fold + 1}: accuracy on its own labelers {accuracies[0]:.3f}, "
+            f"on those it did not learn from {accuracies[1]:.3f}",
             flush=True,
         )
     own, others = (sum(column) / len(results) for column in zip(*results))
@@ -223,10 +234,12 @@ CHUNK = 64  # prompts sampled and labeled together; a killed run goes on from th
 
 
 def collect(path, tasks, policies, tokenizer, world, labelers, config, device, mixture):
-    """Sample K responses to each task from the mixture of sources, have one labeler rank them, write a row to path.
+    """Sample K responses to each task from the mixture of sources, have one labeler rank them,
+    write a row.
 
-    policies: dict(sft=, base=). Rows: prompt, responses, ranks, labeler, user, category, and per response its source, its
-    sampled ids (a text encoded again may fall into other tokens than those that were sampled) and its rating.
+    policies: dict(sft=, base=); mixture: {source: weight}. Rows, returned and appended to path: prompt,
+    responses, ranks, labeler, user, category, and per response its source, its rating and its sampled
+    ids (a text encoded again may fall into other tokens than those that were sampled).
     """
     rows = []
     if os.path.exists(path):
@@ -251,12 +264,8 @@ def collect(path, tasks, policies, tokenizer, world, labelers, config, device, m
             policy = policies["base" if source == "base" else "sft"]
             if slots:
                 sampled = data.sample(
-                    policy,
-                    tokenizer,
-                    [chunk[i]["prompt"] for i, _ in slots],
-                    config.max_new_tokens,
-                    temperature,
-                    generator,
+                    policy, tokenizer, [chunk[i]["prompt"] for i, _ in slots], config.max_new_tokens,
+                    temperature, generator,
                 )
                 for (i, j), response in zip(slots, sampled):
                     responses[i][j] = response
@@ -268,47 +277,41 @@ def collect(path, tasks, policies, tokenizer, world, labelers, config, device, m
             labeler = rng.choice(labelers)
             texts, ids = zip(*responses[i])
             judged = data.label(world, labeler, task, texts, rng)
-            rows.append(
-                dict(
-                    prompt=task["prompt"],
-                    responses=texts,
-                    ranks=judged["ranks"],
-                    labeler=labeler["id"],
-                    user=task["user"],
-                    category=task["category"],
-                    sources=sources[i],
-                    ratings=judged["ratings"],
-                    tokens=ids,
-                )
-            )
+            rows.append(dict(
+                prompt=task["prompt"], responses=texts, ranks=judged["ranks"], labeler=labeler["id"],
+                user=task["user"], category=task["category"],
+                sources=sources[i], ratings=judged["ratings"], tokens=ids,
+            ))
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows[first:])
     return rows
 
 
 def written(world, source, task, tasks, rng):
-    """A response that no model wrote."""
+    """A response that no model wrote -> text."""
     if source == "labeler":
         return data.imperfect(world, task, rng)
     if source == "spoiled":
         return data.spoiled(world, task, rng)
-    same = [
-        other for other in rng.sample(tasks, min(40, len(tasks))) if other["category"] == task["category"]
-    ]
+    others = rng.sample(tasks, min(40, len(tasks)))
+    same = [other for other in others if other["category"] == task["category"]]
     return rng.choice(same if same and rng.random() < 0.6 else tasks)["reply"]
 
 
 def rewrite_jsonl(path, rows):
+    """Write rows to a temporary name, then rename."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     os.replace(path + ".tmp", path)
 
 
 def main(config):
+    """Collect the comparisons if there are none, then make reward.pt in config.out or go on with it."""
     model.check_values(config)
     check(config.k_min >= 2, f"--k_min={config.k_min}: a comparison needs at least 2 responses")
     check(
-        config.k_max >= config.k_min, f"--k_max={config.k_max} is below --k_min={config.k_min}: raise it"
+        config.k_max >= config.k_min,
+        f"--k_max={config.k_max} is below --k_min={config.k_min}: raise it",
     )
     device = model.get_device(config.device)
     datasets = data.load(config.data, config.scale, config.seed)
@@ -337,20 +340,14 @@ def main(config):
 
     def state(step, finished=False):
         return dict(
-            kind="reward",
-            config=asdict(reward_model.config),
-            weights=reward_model.state_dict(),
-            step=step,
-            finished=finished,
-            optimizer=optimizer.state_dict(),
-            settings=settings,
+            kind="reward", config=asdict(reward_model.config), weights=reward_model.state_dict(),
+            step=step, finished=finished, optimizer=optimizer.state_dict(), settings=settings,
             tokenizer=tokenizer.state(),
         )
 
     if config.folds == 1 and not checkpoint:
-        model.save_checkpoint(
-            path, **state(0)
-        )  # holds the flags: other flags do not go on with these comparisons
+        # holds the flags: a run with other flags does not go on with these comparisons
+        model.save_checkpoint(path, **state(0))
 
     # 2. comparisons: read, or sampled and ranked here
     if datasets["comparisons"] is None:
@@ -365,14 +362,7 @@ def main(config):
         started = time.monotonic()
         file = os.path.join(config.out, "comparisons.jsonl")
         rows = collect(
-            file,
-            datasets["comparison_prompts"],
-            policies,
-            tokenizer,
-            world,
-            labelers,
-            config,
-            device,
+            file, datasets["comparison_prompts"], policies, tokenizer, world, labelers, config, device,
             COLLECTED,
         )
         # for validation: samples of the supervised model only, ranked by labelers who gave no
@@ -381,9 +371,8 @@ def main(config):
         rows_valid = collect(
             file, datasets["valid"], policies, tokenizer, world, heldout, config, device, dict(sft=1.0)
         )
-        print(
-            f"{len(rows)} comparisons, {sum(len(r['ranks']) for r in rows)} responses, {time.monotonic() - started:.0f} s"
-        )
+        responses, seconds = sum(len(row["ranks"]) for row in rows), time.monotonic() - started
+        print(f"{len(rows)} comparisons, {responses} responses, {seconds:.0f} s")
     else:
         rows, rows_valid = datasets["comparisons"], datasets["comparisons_valid"]
     groups = encode_comparisons(tokenizer, rows, sft.config.block_size)
@@ -415,15 +404,8 @@ def main(config):
             bar.update()
             if step % config.log_every == 0 or step == steps:
                 seconds = time.monotonic() - started
-                log.write(
-                    dict(
-                        step=step,
-                        loss=loss,
-                        **evaluate(reward_model, groups_valid, device),
-                        seconds=seconds,
-                        responses_s=seen / seconds,
-                    )
-                )
+                numbers = dict(step=step, loss=loss, **evaluate(reward_model, groups_valid, device))
+                log.write(dict(**numbers, seconds=seconds, responses_s=seen / seconds))
             saver.save_if_due(step, lambda: state(step))
 
     # 5. the bias that makes demonstrations score 0 on average (sec. 3.5): eq. 1 leaves it free,
@@ -431,9 +413,8 @@ def main(config):
     with torch.no_grad():
         reward_model.head.bias -= mean_score(reward_model, pairs, device)
     model.save_checkpoint(path, **state(steps, finished=True))
-    print(
-        f"wrote {path}: {steps} steps, {time.monotonic() - started:.0f} s, peak memory {model.peak_memory_gb():.2f} GB"
-    )
+    seconds = time.monotonic() - started
+    print(f"wrote {path}: {steps} steps, {seconds:.0f} s, peak memory {model.peak_memory_gb():.2f} GB")
 
 
 if __name__ == "__main__":

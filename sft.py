@@ -3,14 +3,17 @@ Stage 1: the language-model loss, three times (InstructGPT, sec. 3.5 and App. C.
 
     loss = - mean over unmasked tokens of log pi(tokens[t+1] | tokens[:t+1])
 
-    base.pt      a GPT pretrained on the world's text (or GPT-2's weights, --base=gpt2): every token counts
-    sft.pt       the supervised baseline: 16 epochs on the demonstrations, loss on the responses only. Keeps several epochs
-    ppo_init.pt  where PPO starts and what its KL is measured against: 2 epochs in the paper, 10% pretraining data mixed in
+    base.pt      a GPT pretrained on the world's text, one document a row: every token counts
+                 (or GPT-2's weights, --base=gpt2)
+    sft.pt       the supervised baseline: 16 epochs on the demonstrations, loss on the responses only;
+                 keeps the weights of several epochs
+    ppo_init.pt  where PPO starts and what its KL is measured against: another recipe, with 10%
+                 pretraining documents mixed in (paper: 2 epochs)
 
 Differs from the paper in:
-    1. the loss counts response tokens only, the paper does not say (fact: --train_on_prompts=true counts them all);
+    1. the loss counts response tokens only (--train_on_prompts=true: all); the paper does not say;
     2. learning rates are those of a model a thousand times smaller; the paper's stand in the comments;
-    3. pretraining begins with a primer (README, "what made the difference").
+    3. pretraining begins with a primer (README, "What made the difference").
 
     python sft.py                     2 minutes on two CPU cores
     python sft.py --scale=tiny        seconds; its numbers mean nothing
@@ -38,7 +41,7 @@ class Config:
     data: str = ""  # folder of dataset files; '' is the miniature world
     device: str = ""  # cpu or cuda; '' takes cuda if it is there
     encoding: str = "bpe"  # bpe: trained on the data at hand; gpt2
-    base: str = ""  # a pretrained model to start from: a checkpoint, a Hugging Face folder or gpt2; '' pretrains out/base.pt
+    base: str = ""  # start from a checkpoint, a Hugging Face folder or gpt2; '' pretrains out/base.pt
 
     # model
     vocab_size: int = 1024  # at most, for bpe
@@ -49,9 +52,7 @@ class Config:
 
     # pretraining
     base_steps: int = 2400
-    base_tokens: int = (
-        1024  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few large ones
-    )
+    base_tokens: int = 1024  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few
     base_length: int = 128  # tokens; longer documents are cut into pieces
     base_lr: float = 2e-3  # peak, cosine to 10% (GPT-3 1.3B: 2.0e-4)
     base_weight_decay: float = 0.1
@@ -61,12 +62,12 @@ class Config:
     sft_epochs: int = 16  # as the paper
     sft_batch: int = 16  # demonstrations a step (paper: 32, of 13k)
     sft_lr: float = 5e-4  # peak, cosine to 10% (paper: 9.65e-6)
-    sft_dropout: float = 0.2  # residual dropout, as the paper
+    sft_dropout: float = 0.2  # residual, as the paper; for ppo_init.pt too, whose samples it betters
     train_on_prompts: bool = False
 
     # the start of PPO
     ppo_init_epochs: int = 16  # (paper: 2, of 50 times the demonstrations)
-    ppo_init_lr: float = 1e-3  # (paper: 5e-6 for 1.3B)
+    ppo_init_lr: float = 5e-4  # (paper: 5e-6 for 1.3B)
     pretrain_share: float = 0.1  # of the rows of a batch, as the paper
 
     # optimisation and logging
@@ -77,23 +78,17 @@ class Config:
 
 SCALES = dict(
     tiny=dict(
-        vocab_size=512, n_layer=2, n_embd=32, base_steps=60, sft_epochs=4, log_every=20, save_seconds=5.0
+        vocab_size=512, n_layer=2, n_embd=32, base_steps=60, sft_epochs=4, log_every=20,
+        save_seconds=5.0,
     ),
     cpu=dict(),
     gpu=dict(
-        n_layer=6, n_head=6, n_embd=384, base_steps=12_000, base_tokens=16_000, base_lr=1e-3, sft_batch=32
+        n_layer=6, n_head=6, n_embd=384, base_steps=12_000, base_tokens=16_000, base_lr=1e-3,
+        sft_batch=32,
     ),
     gpt2=dict(
-        encoding="gpt2",
-        base="gpt2",
-        block_size=1024,
-        n_layer=12,
-        n_head=12,
-        n_embd=768,
-        sft_batch=32,
-        sft_lr=1e-5,
-        ppo_init_lr=5e-6,
-        primer_share=0.0,
+        encoding="gpt2", base="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, sft_batch=32,
+        sft_lr=1e-5, ppo_init_lr=5e-6, primer_share=0.0,
     ),
 )
 
@@ -105,7 +100,7 @@ def lm_loss(gpt, tokens, mask):
 
 def demonstration_batch(pairs, train_on_prompts=False):
     """Pairs of (prompt ids, response ids with eot) -> tokens (B, T), mask (B, T-1): True on the
-    response, eot included."""
+    response, eot included; with train_on_prompts on the prompt as well."""
     tokens, lengths = model.pad([prompt + response for prompt, response in pairs])  # (B, T), (B,)
     starts = torch.tensor([1 if train_on_prompts else len(prompt) for prompt, _ in pairs])
     return tokens, model.response_mask(starts, lengths, tokens.size(1))
@@ -114,10 +109,13 @@ def demonstration_batch(pairs, train_on_prompts=False):
 def train(
     gpt, path, settings, tokenizer, steps, batch_at, lr, evaluate, config, weight_decay=0.0, keep=()
 ):
-    """The loop of every stage, in its simplest form: one step is batch, loss, backward, update, log, save.
+    """The loop of every stage, in its simplest form: one step is batch, loss, backward,
+    update, log, save.
 
-    batch_at(step, rng) -> tokens (B, T), mask (B, T-1); evaluate() -> dict of numbers; keep: steps whose weights are kept.
-    Goes on from `path` if that holds the same run unfinished, does nothing if it is finished.
+    batch_at(step, rng) -> tokens (B, T), mask (B, T-1), for step 1 to steps; evaluate() -> dict of
+    numbers; lr is the peak of the cosine; keep: {step: epoch}, the steps whose weights are kept. Goes
+    on from `path` if that holds the same run unfinished, does nothing if it is finished. Raises
+    SystemExit if the loss is not finite or `path` was made with other flags.
     """
     device = model.get_device(config.device)
     gpt.to(device)
@@ -135,14 +133,8 @@ def train(
 
     def state(step):
         return dict(
-            kind="policy",
-            config=asdict(gpt.config),
-            weights=gpt.state_dict(),
-            epochs=kept,
-            step=step,
-            finished=step == steps,
-            optimizer=optimizer.state_dict(),
-            settings=settings,
+            kind="policy", config=asdict(gpt.config), weights=gpt.state_dict(), epochs=kept, step=step,
+            finished=step == steps, optimizer=optimizer.state_dict(), settings=settings,
             tokenizer=tokenizer.state(),
         )
 
@@ -155,8 +147,7 @@ def train(
         tqdm(total=steps, initial=begin, disable=None) as bar,
     ):
         for step in range(begin + 1, steps + 1):
-            # 1. a batch; everything random is a function of seed and step, so that a
-            # resumed run draws the same
+            # 1. a batch; everything random is a function of seed and step: a resumed run draws the same
             model.seed_step(config.seed, step, device)
             tokens, mask = batch_at(step, np.random.default_rng([config.seed, step]))
             tokens, mask = tokens.to(device), mask.to(device)
@@ -172,37 +163,31 @@ def train(
             bar.update()
             if step % config.log_every == 0 or step == steps or step in keep:
                 seconds = time.monotonic() - started
-                log.write(
-                    dict(
-                        step=step,
-                        loss=loss.item(),
-                        **evaluate(),
-                        seconds=seconds,
-                        tokens_s=seen / seconds,
-                    )
-                )
+                numbers = dict(step=step, loss=loss.item(), **evaluate())
+                log.write(dict(**numbers, seconds=seconds, tokens_s=seen / seconds))
             if step in keep:
                 kept[keep[step]] = {
                     name: w.detach().cpu().clone() for name, w in gpt.state_dict().items()
                 }
             saver.save_if_due(step, lambda: state(step))
     model.save_checkpoint(path, **state(steps))
-    print(
-        f"wrote {path}: {steps} steps, {time.monotonic() - started:.0f} s, peak memory {model.peak_memory_gb():.2f} GB"
-    )
+    seconds = time.monotonic() - started
+    print(f"wrote {path}: {steps} steps, {seconds:.0f} s, peak memory {model.peak_memory_gb():.2f} GB")
 
 
 def settings_of(config, stage):
-    """The flags that bear on one of the three models, so that another --sft_lr does not disown base.pt."""
+    """The flags that bear on one of the three models, so that another --sft_lr does
+    not disown base.pt."""
     others = {
         "base": ("sft_", "ppo_init_", "train_on", "pretrain_share"),
         "sft": ("ppo_init_", "pretrain_share"),
-        "ppo_init": ("sft_epochs", "sft_lr", "sft_dropout"),
+        "ppo_init": ("sft_epochs", "sft_lr"),
     }[stage]
     return {name: value for name, value in asdict(config).items() if not name.startswith(others)}
 
 
 def main(config):
+    """Make base.pt, sft.pt and ppo_init.pt in config.out, or go on with those that are not finished."""
     model.check_values(config)
     datasets = data.load(config.data, config.scale, config.seed)
     paths = {name: os.path.join(config.out, f"{name}.pt") for name in ("base", "sft", "ppo_init")}
@@ -215,16 +200,12 @@ def main(config):
         tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
     else:
         base, tokenizer = pretrain(paths["base"], datasets, config)
-    print(
-        f"base: {sum(p.numel() for p in base.parameters()):,} parameters, vocabulary {tokenizer.n_vocab}"
-    )
+    parameters = sum(p.numel() for p in base.parameters())
+    print(f"base: {parameters:,} parameters, vocabulary {tokenizer.n_vocab}")
 
     documents = data.encode_documents(tokenizer, datasets["pretrain"], config.base_length)
     documents_valid = data.encode_documents(tokenizer, datasets["pretrain_valid"], config.base_length)
-    valid_batches = [
-        data.document_batch(documents_valid[i : i + 64])
-        for i in range(0, min(512, len(documents_valid)), 64)
-    ]
+    valid_batches = data.document_batches(data.valid_documents(documents_valid))
     pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], config.block_size)
     pairs_valid = data.encode_pairs(tokenizer, datasets["demonstrations_valid"], config.block_size)
 
@@ -233,8 +214,7 @@ def main(config):
         torch.manual_seed(config.seed)
         is_baseline = name == "sft"
         epochs = config.sft_epochs if is_baseline else config.ppo_init_epochs
-        dropout = config.sft_dropout if is_baseline else 0.0
-        gpt = GPT(GPTConfig(**{**asdict(base.config), "dropout": dropout}))
+        gpt = GPT(GPTConfig(**{**asdict(base.config), "dropout": config.sft_dropout}))
         gpt.load_state_dict(base.state_dict())
         epoch_steps = -(-len(pairs) // config.sft_batch)
 
@@ -243,73 +223,54 @@ def main(config):
             order = np.random.default_rng([config.seed, 100 + epoch]).permutation(len(pairs))
             chosen = order[number * config.sft_batch : (number + 1) * config.sft_batch]
             batch = [pairs[i] for i in chosen]
-            if (
-                not is_baseline
-            ):  # pretraining documents beside the demonstrations: as pairs with an empty prompt
+            if not is_baseline:  # pretraining documents too, as pairs whose prompt is their first token
                 rows = max(1, round(len(batch) * config.pretrain_share / (1 - config.pretrain_share)))
                 batch += [(document[:1], document[1:]) for document in data.draw(documents, rows, rng)]
             return demonstration_batch(batch, config.train_on_prompts)
 
         def evaluate():
             valid = demonstration_batch(pairs_valid, config.train_on_prompts)
-            return dict(valid_loss=valid_loss(gpt, [valid]), pretrain_loss=valid_loss(gpt, valid_batches))
+            return dict(
+                valid_loss=valid_loss(gpt, [valid]), pretrain_loss=valid_loss(gpt, valid_batches)
+            )
 
-        keep = (
-            {epoch * epoch_steps: epoch for epoch in (1, 2, 4, 8, 16, epochs) if epoch <= epochs}
-            if is_baseline
-            else {}
-        )
+        kept_epochs = [e for e in (1, 2, 4, 8, 16, epochs) if e <= epochs] if is_baseline else []
+        keep = {epoch * epoch_steps: epoch for epoch in kept_epochs}
         lr = config.sft_lr if is_baseline else config.ppo_init_lr
         train(
-            gpt,
-            paths[name],
-            settings_of(config, name),
-            tokenizer,
-            epochs * epoch_steps,
-            batch_at,
-            lr,
-            evaluate,
-            config,
-            keep=keep,
+            gpt, paths[name], settings_of(config, name), tokenizer, epochs * epoch_steps, batch_at, lr,
+            evaluate, config, keep=keep,
         )
 
 
 def pretrain(path, datasets, config):
-    """base.pt from nothing: -> GPT in eval mode, tokenizer."""
+    """base.pt from nothing, or from where it was stopped -> GPT in eval mode on the CPU, tokenizer."""
     checkpoint = model.resume(path, "policy", settings_of(config, "base"))
     if checkpoint:
         tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
     elif config.encoding == "bpe":
-        texts = datasets["pretrain"][:20_000] + [
-            row["prompt"] + row["response"] for row in datasets["demonstrations"]
-        ]
+        texts = datasets["pretrain"][:20_000]
+        texts += [row["prompt"] + row["response"] for row in datasets["demonstrations"]]
         texts += [row["prompt"] for row in datasets["prompts"]]
         tokenizer = data.Tokenizer.train(texts, config.vocab_size)
     else:
         tokenizer = data.Tokenizer.load(config.encoding)
     torch.manual_seed(config.seed)
     vocab_size = -(-tokenizer.n_vocab // 64) * 64  # a round number of rows: quicker matmuls
-    gpt = GPT(
-        GPTConfig(
-            vocab_size,
-            config.block_size,
-            config.n_layer,
-            config.n_head,
-            config.n_embd,
-            rotary=True,
-            match_head=True,
-            init_std=0.06,
-        )
-    )
+    gpt = GPT(GPTConfig(
+        vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd,
+        rotary=True, match_head=True, init_std=0.06,
+    ))
     documents, primer, valid = (
         data.encode_documents(tokenizer, datasets[name], config.base_length)
         for name in ("pretrain", "primer", "pretrain_valid")
     )
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0
     rows = max(1, config.base_tokens * len(documents) // sum(map(len, documents)))  # documents a step
-    order = data.bucketed(list(map(len, documents)), rows, config.seed, config.base_steps - primer_steps)
+    steps = config.base_steps - primer_steps
+    order = data.bucketed(list(map(len, documents)), rows, config.seed, steps)
     primer_order = data.bucketed(list(map(len, primer)), rows, config.seed, primer_steps)
-    valid_batches = [data.document_batch(valid[i : i + 64]) for i in range(0, min(512, len(valid)), 64)]
+    valid_batches = data.document_batches(data.valid_documents(valid))
 
     def batch_at(step, rng):
         if step <= primer_steps:
@@ -320,16 +281,8 @@ def pretrain(path, datasets, config):
         return dict(valid_loss=valid_loss(gpt, valid_batches))
 
     train(
-        gpt,
-        path,
-        settings_of(config, "base"),
-        tokenizer,
-        config.base_steps,
-        batch_at,
-        config.base_lr,
-        evaluate,
-        config,
-        config.base_weight_decay,
+        gpt, path, settings_of(config, "base"), tokenizer, config.base_steps, batch_at, config.base_lr,
+        evaluate, config, config.base_weight_decay,
     )
     return model.load_policy(path, "run python sft.py", "cpu")[0], tokenizer
 

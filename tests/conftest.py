@@ -1,7 +1,8 @@
-"""What the tests share: the repository on the path, one thread, tiny networks, and a chain of untrained checkpoints.
+"""What the tests share: the repository on the path, one thread, tiny networks, and a chain of untrained
+checkpoints.
 
-A mark like "J12" or "L30" in a test names a detail of InstructGPT that is easy to get wrong: the number of a trap, or of
-a worked example whose arithmetic stands beside it.
+A mark like "J12" or "L30" in a test names a detail of InstructGPT that is easy to get wrong: the number of a
+trap, or of a worked example whose arithmetic stands beside it.
 """
 
 import json
@@ -22,7 +23,8 @@ torch.set_num_threads(1)
 
 
 def tiny_gpt(seed=0, vocab_size=11, block_size=24, n_layer=2, n_head=2, n_embd=16, std=0.4, **more):
-    """A GPT whose every weight, biases and LayerNorms too, is random and large: no mistake hides behind a zero."""
+    """A GPT whose every weight, biases and LayerNorms too, is random and large:
+    no mistake hides behind a zero."""
     torch.manual_seed(seed)
     gpt = model.GPT(model.GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, **more))
     with torch.no_grad():
@@ -48,7 +50,8 @@ def save_tiny(path, kind, network, tokenizer, **more):
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
-    """A --data folder with 20 ranked prompts, and beside it base, sft, ppo_init and reward checkpoints, all untrained."""
+    """A --data folder with 20 ranked prompts, and beside it base, sft, ppo_init and reward checkpoints,
+    all untrained."""
     folder = tmp_path_factory.mktemp("chain")
     rng = random.Random(0)
     words = "red blue green cat dog sun moon tree".split()
@@ -56,7 +59,9 @@ def chain(tmp_path_factory):
     rows = []
     for i in range(20):
         prompt = f"say {line()}\n"
-        rows.append(dict(prompt=prompt, responses=[line() for _ in range(4)], ranks=[1, 2, 2, 3], user=f"user{i}"))
+        rows.append(
+            dict(prompt=prompt, responses=[line() for _ in range(4)], ranks=[1, 2, 2, 3], user=f"user{i}")
+        )
     (folder / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = data.Tokenizer.train([row["prompt"] + " ".join(row["responses"]) for row in rows], 280)
     gpt = tiny_gpt(1, vocab_size=tokenizer.n_vocab, block_size=64, std=0.1)

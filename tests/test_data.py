@@ -1,14 +1,13 @@
-"""The miniature world, its gold preference and labelers, and the batches: data.py without its files and importers."""
+"""The miniature world, its gold preference and labelers, and the batches:
+data.py without its files and importers."""
 
 import itertools
 import random
 from collections import Counter
 
 import pytest
-import torch
 
 import data
-import model
 import sft
 
 
@@ -26,7 +25,7 @@ def task(demands, constraints=(), fact=None, prompt="p\n"):
     return dict(prompt=prompt, demands=list(demands), constraints=list(constraints), fact=fact, myth=None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the gold preference, by hand
 
 
@@ -37,7 +36,9 @@ def test_gold_of_a_perfect_reply_is_five(world):
 
 
 def test_gold_counts_the_share_of_demands_met(world):
-    parts = world.gold(task(["has fox", "has anna", "has lamp", "sorrow"]), "anna met a red fox in alba. they were happy.")
+    parts = world.gold(
+        task(["has fox", "has anna", "has lamp", "sorrow"]), "anna met a red fox in alba. they were happy."
+    )
     assert parts["follows"] == 0.5 and parts["gold"] == 3  # 4 * 0.5 + 1
 
 
@@ -110,7 +111,7 @@ def test_perfect_replies_score_five_and_imperfect_ones_less(world):
     assert mean(perfect) > 4.97 and 3.8 < mean(imperfect) < 4.6 and mean(other) < 1.5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # prompts, demonstrations, labelers (InstructGPT, sec. 3.2 to 3.4)
 
 
@@ -165,15 +166,18 @@ def test_a_few_shot_instruction_gives_k_examples_of_k_minus_1_shots(world):
     shots = [row for row in rows if row["prompt"].count("\n") > 2 and row["category"] != "chat"]
     assert len(rows) > 400 and shots
     first = shots[0]
-    siblings = [row for row in shots if row["response"] + "\n" in first["prompt"] and row["user"] == first["user"]]
+    siblings = [
+        row for row in shots if row["response"] + "\n" in first["prompt"] and row["user"] == first["user"]
+    ]
     assert len(siblings) >= 2  # its two shots are the replies of the two other examples
 
 
 def test_labelers_agree_as_often_as_the_papers(world):
-    """72.6% among training labelers, 77.3% among held-out ones; here on imperfect replies, whose differences are plainer
-    than those of a model's samples, so the bar is wider above."""
+    """72.6% among training labelers, 77.3% among held-out ones; here on imperfect replies, whose differences
+    are plainer than those of a model's samples, so the bar is wider above."""
     labelers, heldout = data.make_labelers(world, 1)
-    assert (len(labelers), len(heldout)) == (40, 10) and not {x["id"] for x in labelers} & {x["id"] for x in heldout}
+    assert (len(labelers), len(heldout)) == (40, 10)
+    assert not {x["id"] for x in labelers} & {x["id"] for x in heldout}
     rng = random.Random(0)
     agree = total = 0
     for _ in range(300):
@@ -192,7 +196,9 @@ def test_ranks_are_dense_from_1_and_ties_occur(world):
     rng, tied = random.Random(0), 0
     for _ in range(100):
         t = world.task(rng)
-        judged = data.label(world, rng.choice(labelers), t, [data.imperfect(world, t, rng) for _ in range(6)], rng)
+        judged = data.label(
+            world, rng.choice(labelers), t, [data.imperfect(world, t, rng) for _ in range(6)], rng
+        )
         assert set(judged["ranks"]) == set(range(1, max(judged["ranks"]) + 1))
         assert all(1 <= rating <= 7 for rating in judged["ratings"])
         tied += len(set(judged["ranks"])) < 6
@@ -205,18 +211,21 @@ def test_labelers_prefer_the_better_reply(world):
     wins = []
     for _ in range(300):
         t = world.task(rng)
-        first, second = data.label(world, rng.choice(labelers), t, [t["reply"], t["reply"] + " you are a stupid fool."], rng)["ranks"]
+        replies = [t["reply"], t["reply"] + " you are a stupid fool."]
+        first, second = data.label(world, rng.choice(labelers), t, replies, rng)["ranks"]
         wins.append(first < second)
     assert sum(wins) / 300 > 0.8
 
 
 def test_a_spoiled_reply_has_one_mistake(world):
     rng = random.Random(0)
-    worse = [world.gold(t, data.spoiled(world, t, rng))["gold"] for t in (world.task(rng) for _ in range(400))]
+    worse = [
+        world.gold(t, data.spoiled(world, t, rng))["gold"] for t in (world.task(rng) for _ in range(400))
+    ]
     assert sum(g < 5 for g in worse) / 400 > 0.6 and sum(worse) / 400 > 3
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # batches
 
 
@@ -235,7 +244,8 @@ def test_the_unmasked_tokens_are_exactly_the_text_to_be_learned(world, datasets)
 def test_sampled_text_joins_its_prompt_as_it_was_sampled(world):
     """The space between "ai:" and a reply belongs to the reply, and is not lost in decoding."""
     tokenizer = data.Tokenizer.train(["human: hello.\nai: you live in alba."] * 3, 400)
-    prompt, response = tokenizer.encode("human: hello.\nai:"), tokenizer.encode(" you live in alba.") + [tokenizer.eot]
+    prompt = tokenizer.encode("human: hello.\nai:")
+    response = tokenizer.encode(" you live in alba.") + [tokenizer.eot]
     assert data.response_text(tokenizer, prompt, response) == " you live in alba."
 
 

@@ -1,4 +1,5 @@
-"""Dataset files and importers. INSTRUCTGPT_TEST_DATA names the folder of real data; without it those tests skip."""
+"""Dataset files and importers. INSTRUCTGPT_TEST_DATA names the folder of real data;
+without it those tests skip."""
 
 import gzip
 import json
@@ -10,11 +11,15 @@ from collections import Counter
 import pytest
 
 import data
-from data import FORMATS, Tokenizer, import_files, import_main, import_rows, join, read_folder, read_jsonl, split_by_user
+from data import FORMATS, Tokenizer, import_files, import_main, import_rows
+from data import read_folder, read_jsonl, split_by_user
 
 DATA = os.environ.get("INSTRUCTGPT_TEST_DATA")
 real = pytest.mark.skipif(not DATA, reason="INSTRUCTGPT_TEST_DATA is unset: no real data")
-TEXTS = ["the cat sat on the mat, didn't it?\nthe dog sat too.\n\n  'the end' in 2024!", "a fox and a hen\n\ta hen"]
+TEXTS = [
+    "the cat sat on the mat, didn't it?\nthe dog sat too.\n\n  'the end' in 2024!",
+    "a fox and a hen\n\ta hen",
+]
 CHOICE = {"prompt": "p\n", "responses": ["a", "b"], "ranks": [1, 2]}
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
@@ -62,9 +67,12 @@ def test_bpe_round_trip_is_lossless(bpe, text):
 def test_random_unicode_round_trip(bpe):
     rng = random.Random(0)
     for _ in range(300):
-        text = "x".join(chr(rng.choice([10, rng.randrange(0xD7FF), rng.randrange(0xE000, 0x20000)])) for _ in range(30))
+        text = "x".join(
+            chr(rng.choice([10, rng.randrange(0xD7FF), rng.randrange(0xE000, 0x20000)])) for _ in range(30)
+        )
         assert bpe.decode(bpe.encode(text)) == text
-    assert bpe.encode(" cat\n dog") == bpe.encode("cat\ndog")  # one leading space of a line is not significant
+    # one leading space of a line is not significant
+    assert bpe.encode(" cat\n dog") == bpe.encode("cat\ndog")
 
 
 def test_a_word_is_one_id_wherever_it_stands(bpe):
@@ -79,7 +87,9 @@ def test_merges_are_the_most_frequent_pairs_counted_anew_each_time():
     # " ab" x2 (one at the start) and " b": pairs " a" 2, "ab" 2, " b" 1; of a tie the smaller bytes
     assert Tokenizer.train(["ab ab b"], 600).tokens[256:] == [b" a", b" ab", b" b"]  # stops when none is left
     rng = random.Random(1)
-    counts = {"".join(rng.choice("abc") for _ in range(rng.randint(1, 9))): rng.randint(1, 50) for _ in range(60)}
+    counts = {
+        "".join(rng.choice("abc") for _ in range(rng.randint(1, 9))): rng.randint(1, 50) for _ in range(60)
+    }
     words = {w: [bytes([b]) for b in w.encode()] for w in counts}
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < 330:
@@ -119,7 +129,9 @@ def test_jsonl_is_read_plain_and_packed(tmp_path):
     assert "nowhere" in fails(read_jsonl, str(tmp_path / "nowhere.jsonl"))
 
 
-@pytest.mark.parametrize("line", ['{"a": 1', "[1]", '"text"', "3", "nonsense", "[" * 100000, b'{"a": "\xe9"}'])
+@pytest.mark.parametrize(
+    "line", ['{"a": 1', "[1]", '"text"', "3", "nonsense", "[" * 100000, b'{"a": "\xe9"}']
+)
 def test_malformed_row_names_file_and_line(tmp_path, line):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"{}\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
@@ -127,8 +139,10 @@ def test_malformed_row_names_file_and_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("name, change, word", [
-    ("demonstrations", {"response": None}, '"response"'), ("demonstrations", {"response": "\ud800"}, "surrogate"),
-    ("prompts", {"prompt": 3}, "must be text"), ("prompts", {"prompt": " \n"}, "empty"), ("prompts", {"user": ["x"]}, '"user"'),
+    ("demonstrations", {"response": None}, '"response"'),
+    ("demonstrations", {"response": "\ud800"}, "surrogate"),
+    ("prompts", {"prompt": 3}, "must be text"), ("prompts", {"prompt": " \n"}, "empty"),
+    ("prompts", {"user": ["x"]}, '"user"'),
     ("comparisons", {"responses": "ab"}, '"responses"'), ("comparisons", {"responses": ["a"]}, "two or more"),
     ("comparisons", {"responses": ["a", ""]}, "empty"), ("comparisons", {"ranks": None}, '"ranks"'),
     ("comparisons", {"ranks": [1, 2, 3]}, "3 ranks"), ("comparisons", {"ranks": [0, 1]}, "whole numbers"),
@@ -151,8 +165,11 @@ def test_folder_errors(tmp_path):
 
 
 def test_complete_folder_is_read_as_it_stands_but_for_the_join_rule(tmp_path, capsys):
-    demonstrations = [{"prompt": p, "response": r, "user": 7} for p, r in (("a", "b"), ("a\n", "b"), ("a", " b"))]
-    comparisons, prompts = [{**CHOICE, "ranks": [1, 1]}, CHOICE], [{"prompt": "q", "category": "qa"}]  # a tie is legal
+    demonstrations = [
+        {"prompt": p, "response": r, "user": 7} for p, r in (("a", "b"), ("a\n", "b"), ("a", " b"))
+    ]
+    # a tie is legal
+    comparisons, prompts = [{**CHOICE, "ranks": [1, 1]}, CHOICE], [{"prompt": "q", "category": "qa"}]
     write(tmp_path / "pretrain.txt", ["one", "", "two", "<|endoftext|>", " three <|endoftext|>"])
     write(tmp_path / "demonstrations.jsonl.gz", demonstrations)
     write(tmp_path / "comparisons.jsonl", comparisons)
@@ -160,15 +177,19 @@ def test_complete_folder_is_read_as_it_stands_but_for_the_join_rule(tmp_path, ca
     folder = read_folder(str(tmp_path))
     assert [row.pop("response") for row in folder["demonstrations"]] == ["\nb", "b", " b"]
     assert folder["pretrain"] == ["one\n\ntwo", " three <|endoftext|>"]
-    assert (folder["comparisons"], folder["prompts"]) == (comparisons, prompts) and capsys.readouterr().out == ""
+    assert (folder["comparisons"], folder["prompts"]) == (comparisons, prompts)
+    assert capsys.readouterr().out == ""
 
 
 def test_what_is_missing_is_made_from_comparisons(tmp_path, capsys):
-    write(tmp_path / "comparisons.jsonl", [{"prompt": "p", "responses": ["a", " b", "c"], "ranks": [3, 1, 1], "user": "u"}])
+    row = {"prompt": "p", "responses": ["a", " b", "c"], "ranks": [3, 1, 1], "user": "u"}
+    write(tmp_path / "comparisons.jsonl", [row])
     folder = read_folder(str(tmp_path))
     assert folder["demonstrations"] == [{"prompt": "p", "response": " b", "user": "u"}]
-    assert folder["prompts"] == [{"prompt": "p", "user": "u"}] and set(folder["pretrain"]) == {"p\na", "p b", "p\nc"}
-    assert re.findall("has no (.*?):", capsys.readouterr().out) == ["demonstrations", "pretraining text", "prompts"]
+    assert folder["prompts"] == [{"prompt": "p", "user": "u"}]
+    assert set(folder["pretrain"]) == {"p\na", "p b", "p\nc"}
+    missing = re.findall("has no (.*?):", capsys.readouterr().out)
+    assert missing == ["demonstrations", "pretraining text", "prompts"]
 
 
 def test_split_keeps_users_whole():
@@ -177,8 +198,10 @@ def test_split_keeps_users_whole():
     parts = split_by_user(rows, (0.8, 0.1, 0.1), seed=1)
     assert sorted(row["prompt"] for part in parts for row in part) == list(range(300))
     users = [user for part in parts for user in {row["user"] for row in part if "user" in row}]
-    assert len(users) == len(set(users)) == 20 and all(abs(len(p) - n) < 15 for p, n in zip(parts, (240, 30, 30)))
-    assert split_by_user(rows, (0.8, 0.1, 0.1), seed=1) == parts != split_by_user(rows, (0.8, 0.1, 0.1), seed=2)
+    assert len(users) == len(set(users)) == 20
+    assert all(abs(len(p) - n) < 15 for p, n in zip(parts, (240, 30, 30)))
+    assert split_by_user(rows, (0.8, 0.1, 0.1), seed=1) == parts
+    assert split_by_user(rows, (0.8, 0.1, 0.1), seed=2) != parts
 
 
 def test_hh_dialogues_part_at_a_turn(tmp_path):
@@ -192,8 +215,10 @@ def test_hh_dialogues_part_at_a_turn(tmp_path):
         {"chosen": start + " a", "rejected": start + " a"}, {"chosen": start + " a"}])
     first, second = made["comparisons.jsonl"]
     assert first["prompt"] == same.lstrip() and ranking(first) == {" Sure, A": 1, " Sure, B": 2}
-    assert second["prompt"] == start.lstrip() and ranking(second) == {" x\n\nHuman: y\n\nAssistant: z": 1, " w": 2}
-    assert unused == ["3", "4", "5", "6"] and "demonstrations.jsonl" not in made  # a model wrote these replies
+    assert second["prompt"] == start.lstrip()
+    assert ranking(second) == {" x\n\nHuman: y\n\nAssistant: z": 1, " w": 2}
+    # a model wrote these replies
+    assert unused == ["3", "4", "5", "6"] and "demonstrations.jsonl" not in made
     assert made["prompts.jsonl"] == [{"prompt": first["prompt"]}, {"prompt": second["prompt"]}]
     assert made["pretrain.txt"][0] == (same + " Sure, A").lstrip()
 
@@ -203,7 +228,8 @@ def test_oasst_ranks_demonstrations_and_dialogues(tmp_path):
         return {"text": text, "role": role, "replies": list(replies), **more}
     follow = message("and?", "prompter", [message("only", synthetic=True)])
     tree = {"message_tree_id": "t1", "prompt": message("q", "prompter", [
-        message("good", rank=0), message("fair", rank=1, replies=[follow]), message("poor", rank=2), message("unranked")])}
+        message("good", rank=0), message("fair", rank=1, replies=[follow]),
+        message("poor", rank=2), message("unranked")])}
     made, unused = imported(tmp_path, "oasst", [tree, '"lone prompt"', {"x": 1}])
     [group], prompt = made["comparisons.jsonl"], "Human: q\n\nAssistant:"
     assert group["user"] == "t1" and ranking(group) == {" good": 1, " fair": 2, " poor": 3}
@@ -219,7 +245,10 @@ def test_pandalm_groups_are_ranked_by_pairs_won(tmp_path):
     rows = [{"instruction": "do", "input": "it", "response1": r[0], "response2": r[1],
              "annotator1": int(r[2]), "annotator2": int(r[2]), "annotator3": 0} for r in results]
     split = {**rows[0], "instruction": "other", "annotator1": 1, "annotator2": 2}  # 1, 2, 0: a tie
-    bad = [{**rows[0], **change} for change in ({"response1": True}, {"response2": ""}, {"response2": "A"}, {"annotator1": 3})]
+    bad = [
+        {**rows[0], **change}
+        for change in ({"response1": True}, {"response2": ""}, {"response2": "A"}, {"annotator1": 3})
+    ]
     made, unused = imported(tmp_path, "pandalm", [json.dumps(rows + [split] + bad, indent=1)], "a.json")
     group, tie = made["comparisons.jsonl"]
     assert group["prompt"] == "do\nit" and ranking(group) == {"A": 1, "B": 2, "E": 2, "D": 4, "C": 5}
@@ -231,7 +260,8 @@ def test_pandalm_groups_are_ranked_by_pairs_won(tmp_path):
     ("self-instruct", {"instruction": "add", "instances": [{"input": "1 2", "output": "3"}]}),
     ("dolly", {"instruction": "add", "context": "1 2", "response": "3", "category": "qa"}),
     ("dolly", {"instruction": "add\n1 2", "text": "3", "decoded": "machine text"}),
-    ("dolly", {"prompt": "Below ..\n\n### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:", "answer": "3###eos_token###"})])
+    ("dolly", {"prompt": "Below ..\n\n### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:",
+               "answer": "3###eos_token###"})])
 def test_instruction_formats_write_the_same_prompt(tmp_path, format, row):
     made, unused = imported(tmp_path, format, [row, {"instruction": "add"}])
     category = {"category": "qa"} if "category" in row else {}
@@ -250,14 +280,20 @@ def test_best_response_does_not_always_come_first(tmp_path):
 
 def reviews(n):
     rng, words = random.Random(0), "the film was good bad long dull bright tale of love and war".split()
-    texts = [f"no{i}<br />" + " ".join(rng.choice(words) for _ in range(rng.randint(5, 90))) for i in range(n)]
+    texts = [
+        f"no{i}<br />" + " ".join(rng.choice(words) for _ in range(rng.randint(5, 90))) for i in range(n)
+    ]
     return [{"text": text, "rating": 1 + i % 10} for i, text in enumerate(texts)]
 
 
 def test_reviews_stand_in_one_part_only(tmp_path):
-    made, unused = imported(tmp_path, "imdb", [*reviews(400), {"text": "<br />", "rating": 1}, {"text": "a b"}])
+    made, unused = imported(
+        tmp_path, "imdb", [*reviews(400), {"text": "<br />", "rating": 1}, {"text": "a b"}]
+    )
     assert unused == ["401", "402"] and "<br" not in json.dumps(made)
-    numbers = {name: [int(re.search(r"no(\d+) ", str(row))[1]) for row in rows] for name, rows in made.items()}
+    numbers = {
+        name: [int(re.search(r"no(\d+) ", str(row))[1]) for row in rows] for name, rows in made.items()
+    }
     compared = [re.match(r" no(\d+)", r)[1] for row in made["comparisons.jsonl"] for r in row["responses"]]
     assert {int(number) for number in compared} <= set(numbers["demonstrations.jsonl"])
     parts = [numbers[name + ".jsonl"] for name in ("demonstrations", "prompts", "heldout", "judge")]
@@ -265,10 +301,12 @@ def test_reviews_stand_in_one_part_only(tmp_path):
     assert sorted(numbers["pretrain.txt"]) == sorted(parts[0] + parts[1])
     for group in made["comparisons.jsonl"]:
         stars = [int(re.match(r" no(\d+)", response)[1]) % 10 for response in group["responses"]]
-        assert group["ranks"] == [1 + sum(other > star for other in stars) for star in stars] and len(stars) >= 2
-        assert group["prompt"] == "Review:" and all(len(response.split()) <= 60 for response in group["responses"])
+        assert group["ranks"] == [1 + sum(other > star for other in stars) for star in stars]
+        assert len(stars) >= 2
+        assert group["prompt"] == "Review:"
+        assert all(len(response.split()) <= 60 for response in group["responses"])
     sentences = [data.read_rows(write(tmp_path / name, ["", "x"])) for name in ("r.neg", "r.pos")]
-    assert sentences == [[(2, {"text": "x", "rating": rating})] for rating in (0, 1)]
+    assert sentences == [[(2, {"text": "x", "rating": rating})] for rating in (1, 10)]
     few = imported(tmp_path, "imdb", reviews(100))[0]  # a review stays in its part when more are added
     assert few["judge.jsonl"] == made["judge.jsonl"][: len(few["judge.jsonl"])]
 
@@ -288,9 +326,11 @@ def test_importing_again_adds_and_never_repeats(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{one}:2: " in printed and f"{out}/comparisons.jsonl.gz: 2 rows, 1 of them new" in printed
     import_files("alpaca", [write(tmp_path / "2.jsonl", [{"instruction": "i", "output": "o"}])], str(out))
-    assert sorted(os.listdir(out)) == ["comparisons.jsonl.gz", "demonstrations.jsonl", "pretrain.txt", "prompts.jsonl"]
+    names = ["comparisons.jsonl.gz", "demonstrations.jsonl", "pretrain.txt", "prompts.jsonl"]
+    assert sorted(os.listdir(out)) == names
     folder = read_folder(str(out))
-    assert [row["prompt"] for row in folder["prompts"]] == ["p", "i"] and folder["pretrain"] == ["p\na", "i\no"]
+    assert [row["prompt"] for row in folder["prompts"]] == ["p", "i"]
+    assert folder["pretrain"] == ["p\na", "i\no"]
     import_files("pairs", [one], str(out))
     assert "2 rows, 0 of them new" in capsys.readouterr().out and read_folder(str(out)) == folder
 
@@ -307,7 +347,8 @@ def test_a_failed_import_changes_nothing(tmp_path):
 def test_command_line(tmp_path):
     one, out = write(tmp_path / "1.jsonl", [PAIR]), f"--out={tmp_path / 'out'}"
     for arguments, word in [([], "import FORMAT"), (["hh", one, out], '"hh"'), (["pairs", out], "FILE"),
-                            (["pairs", one], "--out=DIR"), (["pairs", one, "--out="], "--out=DIR"), (["pairs", one, out, "--x=1"], "--x=1")]:
+                            (["pairs", one], "--out=DIR"), (["pairs", one, "--out="], "--out=DIR"),
+                            (["pairs", one, out, "--x=1"], "--x=1")]:
         message = fails(import_main, arguments)
         assert word in message and all(format in message for format in FORMATS)
     assert "1.jsonlx: " in fails(import_main, ["pairs", one + "x", out]) and not (tmp_path / "out").exists()
@@ -318,7 +359,8 @@ def test_command_line(tmp_path):
 def real_rows(format, *names):
     paths = [os.path.join(DATA, name) for name in names]
     made, unused = import_rows(format, paths)
-    return [row for path in paths for _, row in data.read_rows(path)], made, [place.split(":")[-1] for place, _ in unused]
+    rows = [row for path in paths for _, row in data.read_rows(path)]
+    return rows, made, [place.split(":")[-1] for place, _ in unused]
 
 
 @real
@@ -328,9 +370,11 @@ def test_real_text(monkeypatch):
     gpt2, text = Tokenizer.load("gpt2"), data.read_text(path)
     assert len(gpt2.encode(text)) == 338025 and gpt2.eot == 50256  # the numbers known for this file
     bpe = Tokenizer.train([text[:100000]], 400)
-    assert bpe.n_vocab == 400 and bpe.decode(bpe.encode(text)) == text and bpe != gpt2 == Tokenizer.from_state(gpt2.state())
+    assert bpe.n_vocab == 400 and bpe.decode(bpe.encode(text)) == text
+    assert bpe != gpt2 == Tokenizer.from_state(gpt2.state())
     documents = import_rows("text", [path])[0]["pretrain.txt"]
-    assert [line for d in documents for line in d.split("\n") if line] == [line for line in text.split("\n") if line]
+    lines = [line for line in text.split("\n") if line]
+    assert [line for d in documents for line in d.split("\n") if line] == lines
     assert all(len(d) <= 2000 for d in documents) and len(documents) > 500
 
 
@@ -361,11 +405,16 @@ def test_real_oasst_and_pandalm():
 @real
 @pytest.mark.parametrize("format, names, made_of, count", [
     ("self-instruct", ["sft/self_instruct/seed_tasks.jsonl"], ["demonstrations.jsonl"], 175),
-    ("dolly", ["sft/dolly_human/rows_0000_4799.jsonl", "sft/dolly_prompted/dolly.jsonl"], ["demonstrations.jsonl"], 4951),
-    ("imdb", ["sentiment/imdb/train_2500pos_2500neg.jsonl"], ["pretrain.txt", "heldout.jsonl", "judge.jsonl"], 5000),
-    ("sentence-polarity", [f"sentiment/sentence_polarity/rt-polarity_first4331.{end}" for end in ("neg", "pos")],
+    ("dolly", ["sft/dolly_human/rows_0000_4799.jsonl", "sft/dolly_prompted/dolly.jsonl"],
+     ["demonstrations.jsonl"], 4951),
+    ("imdb", ["sentiment/imdb/train_2500pos_2500neg.jsonl"],
+     ["pretrain.txt", "heldout.jsonl", "judge.jsonl"], 5000),
+    ("sentence-polarity",
+     [f"sentiment/sentence_polarity/rt-polarity_first4331.{end}" for end in ("neg", "pos")],
      ["pretrain.txt", "heldout.jsonl", "judge.jsonl"], 8662)])
 def test_real_rows_are_all_used(format, names, made_of, count):
     rows, made, unused = real_rows(format, *names)
     assert sum(len(made[name]) for name in made_of) == len(rows) == count and not unused
-    assert not any("###" in row["prompt"] or "###eos" in row["response"] for row in made["demonstrations.jsonl"])
+    assert not any(
+        "###" in row["prompt"] or "###eos" in row["response"] for row in made["demonstrations.jsonl"]
+    )

@@ -27,7 +27,8 @@ def test_interval_shrinks_with_the_root_of_the_number_of_prompts():
 
 
 def test_entropy_bits_of_pairs():
-    """L28: P(first of -20, -21) = 1 / (1 + e^-1) = 0.731059, so -0.731059 log2 0.731059 - 0.268941 log2 0.268941 = 0.839942."""
+    """L28: P(first of -20, -21) = 1 / (1 + e^-1) = 0.731059,
+    so -0.731059 log2 0.731059 - 0.268941 log2 0.268941 = 0.839942."""
     pairs = torch.tensor([[-20.0, -21.0], [-20.0, -20.0], [-20.0, -25.0]], dtype=torch.float64)
     expected = torch.tensor([0.839942, 1.0, 0.057967], dtype=torch.float64)
     torch.testing.assert_close(eval.entropy_bits(pairs), expected, atol=1e-6, rtol=0)
@@ -60,7 +61,8 @@ def test_mean_kl_of_a_policy_with_itself_is_exactly_zero():
 
 
 def test_mean_kl_counts_response_tokens_only_and_is_positive_for_what_the_policy_prefers():
-    """By hand, from the two models' full forwards: sum over the response of log pi - log ref, over 1 prompt."""
+    """By hand, from the two models' full forwards:
+    sum over the response of log pi - log ref, over 1 prompt."""
     policy, ref = tiny_gpt(0), tiny_gpt(1)
     tokens = torch.tensor([[1, 2, 3, 4]])  # prompt "ab", response 3 4
     log_ratio = policy(tokens).log_softmax(-1) - ref(tokens).log_softmax(-1)
@@ -72,7 +74,8 @@ def test_mean_kl_counts_response_tokens_only_and_is_positive_for_what_the_policy
 def test_scores_read_prompt_and_response_up_to_the_last_token():
     last_id = lambda tokens: tokens.float()  # a reward model by hand: position t scores the id it stands on
     responses = [("", [3, 4]), ("", [9]), ("", [5, 6, 7])]
-    assert eval.scores(last_id, Letters(), ["ab", "c", "a"], responses, torch.device("cpu")) == [4.0, 9.0, 7.0]
+    found = eval.scores(last_id, Letters(), ["ab", "c", "a"], responses, torch.device("cpu"))
+    assert found == [4.0, 9.0, 7.0]
 
 
 def test_document_loss_is_a_mean_over_tokens_not_over_documents():
@@ -90,4 +93,5 @@ def test_document_loss_weighs_every_token_alike():
     long = -gpt(tokens).log_softmax(-1)[0, range(4), [2, 3, 4, 5]]
     short = -gpt(torch.tensor([[6, 7]])).log_softmax(-1)[0, 0, 7]
     by_hand = ((long.sum() + short) / 5).item()  # 4 + 1 predicted tokens
-    assert eval.document_loss(gpt, [[1, 2, 3, 4, 5], [6, 7]], torch.device("cpu")) == pytest.approx(by_hand, abs=1e-5)
+    found = eval.document_loss(gpt, [[1, 2, 3, 4, 5], [6, 7]], torch.device("cpu"))
+    assert found == pytest.approx(by_hand, abs=1e-5)

@@ -21,23 +21,25 @@ TOKENS = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 1]])
 
 
 def close(found, expected, atol=1e-10):
-    torch.testing.assert_close(found.detach(), torch.as_tensor(expected, dtype=found.dtype).detach(), atol=atol, rtol=0)
+    expected = torch.as_tensor(expected, dtype=found.dtype)
+    torch.testing.assert_close(found.detach(), expected.detach(), atol=atol, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # GPT and ScalarGPT
 
 
 def forward_by_definition(gpt, ids):
-    """GPT-2 for one row of ids, with attention as a loop over heads and positions, and rotary positions as complex
-    numbers that turn -> logits (T, V)."""
+    """GPT-2 for one row of ids, with attention as a loop over heads and positions, and rotary positions as
+    complex numbers that turn -> logits (T, V)."""
     w = dict(gpt.state_dict())
     C, nh = gpt.config.n_embd, gpt.config.n_head
     hs = C // nh
 
     def norm(x, name):
         centred = x - x.mean(-1, keepdim=True)
-        return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        deviation = (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return centred / deviation * w[name + ".weight"] + w[name + ".bias"]
 
     def linear(x, name):
         return x @ w[name + ".weight"].T + w[name + ".bias"]
@@ -60,7 +62,8 @@ def forward_by_definition(gpt, ids):
         for head in range(nh):
             c = slice(head * hs, (head + 1) * hs)
             for t in range(len(ids)):
-                weights = torch.stack([turn(q[t, c], t) @ turn(k[s, c], s) / math.sqrt(hs) for s in range(t + 1)]).softmax(0)
+                scores = [turn(q[t, c], t) @ turn(k[s, c], s) / math.sqrt(hs) for s in range(t + 1)]
+                weights = torch.stack(scores).softmax(0)
                 y[t, c] = sum(weight * v[s, c] for s, weight in enumerate(weights))
         x = x + linear(y, name + "attn.c_proj")
         h = linear(norm(x, name + "ln_2"), name + "mlp.c_fc")
@@ -72,7 +75,8 @@ def forward_by_definition(gpt, ids):
 @BOTH_POSITIONS
 def test_forward_equals_the_definition(rotary):
     gpt = tiny_gpt(rotary=rotary).double()
-    close(gpt(TOKENS[:1])[0], forward_by_definition(gpt, TOKENS[0].tolist()), 1e-5)  # the frequencies are made in float32
+    # the frequencies are made in float32
+    close(gpt(TOKENS[:1])[0], forward_by_definition(gpt, TOKENS[0].tolist()), 1e-5)
 
 
 @BOTH_POSITIONS
@@ -90,7 +94,8 @@ def test_a_future_token_cannot_change_an_earlier_logit(rotary):
 
 @BOTH_POSITIONS
 def test_more_right_padding_changes_no_logit(rotary):
-    """J6: rows are right-padded, so a real token never sees padding and keeps its position; whatever the padding holds."""
+    """J6: rows are right-padded, so a real token never sees padding and keeps its position;
+    whatever the padding holds."""
     gpt = tiny_gpt(rotary=rotary).double()
     for filler in (0, 9):
         padded = torch.nn.functional.pad(TOKENS, (0, 5), value=filler)
@@ -108,7 +113,8 @@ def test_rotary_attention_sees_distances_only():
     """The product of a query at position m and a key at n depends on m - n; and position 0 turns nothing."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)  # (B, nh, T, hs)
-    at = lambda position: (position * torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64))[None, None]  # (1, 1, hs // 4)
+    # (1, 1, hs // 4)
+    at = lambda position: (position * torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64))[None, None]
     product = lambda m, n: (model.rotate(q, at(m)) * model.rotate(k, at(n))).sum()
     close(product(7, 3), product(24, 20))
     assert abs(product(7, 3) - product(7, 4)) > 1e-3
@@ -116,7 +122,8 @@ def test_rotary_attention_sees_distances_only():
 
 
 def test_gpt2_small_has_124_million_parameters():
-    """50257 * 768 + 1024 * 768 + 12 * (12 * 768^2 + 13 * 768) + 2 * 768 = 124,439,808; the head adds none, it is the embedding."""
+    """50257 * 768 + 1024 * 768 + 12 * (12 * 768^2 + 13 * 768) + 2 * 768 = 124,439,808; the head adds none,
+    it is the embedding."""
     with torch.device("meta"):
         gpt = model.GPT(model.GPTConfig(50257, 1024, 12, 12, 768))
     assert sum(p.numel() for p in gpt.parameters()) == 124_439_808
@@ -178,7 +185,7 @@ def test_the_scalar_at_a_position_has_read_the_tokens_up_to_it():
     assert moved.tolist() == [[False] * 3 + [True] * 3] * 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # log-probabilities
 
 
@@ -188,14 +195,16 @@ def test_token_logprobs_of_a_uniform_model():
 
 
 def test_token_logprobs_of_a_model_that_knows_the_next_token():
-    """J12: logits[:, t] points at tokens[:, t + 1], so every action is certain; a shift by one would cost 40 nats."""
+    """J12: logits[:, t] points at tokens[:, t + 1], so every action is certain;
+    a shift by one would cost 40 nats."""
     logits = torch.zeros(2, 6, 11)
     logits[:, :-1].scatter_(-1, TOKENS[:, 1:, None], 40.0)
     close(model.token_logprobs(logits, TOKENS), torch.zeros(2, 5), 1e-6)
 
 
 def test_token_logprobs_by_hand():
-    """L30: logits 2, 1, 0: log softmax is -0.407606, -1.407606, -2.407606 at temperature 1; at 0.7 -0.260118, -1.688690, -3.117261."""
+    """L30: logits 2, 1, 0: log softmax is -0.407606, -1.407606, -2.407606 at temperature 1;
+    at 0.7 -0.260118, -1.688690, -3.117261."""
     logits = torch.tensor([2.0, 1.0, 0.0]).expand(1, 4, 3)
     tokens = torch.tensor([[2, 0, 1, 2]])  # the first token is conditioned on, never predicted
     close(model.token_logprobs(logits, tokens), [[-0.407606, -1.407606, -2.407606]], 1e-6)
@@ -223,7 +232,8 @@ def test_masked_logprobs_have_the_gradient_of_token_logprobs():
 
 
 def test_response_mask_by_hand():
-    """J5: prompt 2, length 5, padded to 6. Column t is the action tokens[:, t + 1]: index 2, 3 and 4, the last one eot."""
+    """J5: prompt 2, length 5, padded to 6. Column t is the action tokens[:, t + 1]: index 2, 3 and 4,
+    the last one eot."""
     mask = model.response_mask(torch.tensor([2, 1]), torch.tensor([5, 6]), 6)
     assert mask.tolist() == [[False, True, True, True, False], [True] * 5]
 
@@ -241,7 +251,7 @@ def test_pad_by_hand():
     assert tokens.tolist() == [[1, 2, 3], [4, 0, 0]] and lengths.tolist() == [3, 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sampling
 
 RAGGED = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2], [10, 9]]
@@ -287,7 +297,8 @@ def test_cached_logits_equal_a_full_forward_at_every_step(rotary, monkeypatch):
 
 @BOTH_POSITIONS
 def test_dropping_finished_rows_changes_nothing_for_greedy(rotary, monkeypatch):
-    """J7: forty rows that end at different steps and leave the batch; each equals its own uncached decoding."""
+    """J7: forty rows that end at different steps and leave the batch;
+    each equals its own uncached decoding."""
     gpt, eot = tiny_gpt(0, rotary=rotary, std=0.2).double(), 7
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(11, (n % 5 + 1,), generator=generator).tolist() for n in range(40)]
@@ -295,13 +306,15 @@ def test_dropping_finished_rows_changes_nothing_for_greedy(rotary, monkeypatch):
     tokens, lengths = model.generate(gpt, prompts, 12, temperature=0, eot=eot)
     expected = [greedy_by_definition(gpt, prompt, 12, eot) for prompt in prompts]
     assert rows_of(tokens, lengths) == expected
-    assert len({len(row) - len(prompt) for row, prompt in zip(expected, prompts)}) >= 4  # they end at different steps
+    # they end at different steps
+    assert len({len(row) - len(prompt) for row, prompt in zip(expected, prompts)}) >= 4
     assert len({len(logits) for logits in seen}) >= 3  # and leave
 
 
 @pytest.mark.parametrize("eot", [0, 3])
 def test_a_row_ends_after_its_eot_which_is_kept(eot):
-    """J8, J13: at most one eot, at the end; only padding behind; a row without one has all the tokens it may have."""
+    """J8, J13: at most one eot, at the end; only padding behind;
+    a row without one has all the tokens it may have."""
     gpt = tiny_gpt()
     prompts = RAGGED * 20
     tokens, lengths = model.generate(gpt, prompts, 10, eot=eot, generator=torch.Generator().manual_seed(0))
@@ -317,8 +330,12 @@ def test_a_row_ends_after_its_eot_which_is_kept(eot):
 
 
 def test_a_prompt_that_holds_eot_goes_on():
-    tokens, lengths = model.generate(tiny_gpt(), [[3, 3]], 5, eot=None, generator=torch.Generator().manual_seed(0))
-    with_eot, lengths_with = model.generate(tiny_gpt(), [[3, 3]], 5, eot=3, generator=torch.Generator().manual_seed(0))
+    tokens, lengths = model.generate(
+        tiny_gpt(), [[3, 3]], 5, eot=None, generator=torch.Generator().manual_seed(0)
+    )
+    with_eot, lengths_with = model.generate(
+        tiny_gpt(), [[3, 3]], 5, eot=3, generator=torch.Generator().manual_seed(0)
+    )
     shared = int(lengths_with[0])
     assert shared > 2 and with_eot[0].tolist() == tokens[0, :shared].tolist() and lengths.tolist() == [7]
 
@@ -345,39 +362,47 @@ def test_equal_prompts_are_continued_each_in_its_place():
 
 
 def test_equal_prompts_get_different_samples():
-    tokens, _ = model.generate(tiny_gpt(std=0.2), [[1, 2]] * 8, 10, generator=torch.Generator().manual_seed(0))
+    tokens, _ = model.generate(
+        tiny_gpt(std=0.2), [[1, 2]] * 8, 10, generator=torch.Generator().manual_seed(0)
+    )
     assert len(set(map(tuple, tokens.tolist()))) == 8
 
 
 def test_the_same_generator_gives_the_same_samples():
-    draw = lambda seed: model.generate(tiny_gpt(), RAGGED, 10, generator=torch.Generator().manual_seed(seed))[0]
+    generator = lambda seed: torch.Generator().manual_seed(seed)
+    draw = lambda seed: model.generate(tiny_gpt(), RAGGED, 10, generator=generator(seed))[0]
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_two_sampled_tokens_have_the_frequencies_of_softmax(temperature):
-    """J8: chi-square over the 16 pairs of a four-word vocabulary, beside rows of another prompt; 37.70 is the 0.1% point
-    of 15 degrees of freedom. Nothing is cut from the distribution: no top-k, no top-p."""
+    """J8: chi-square over the 16 pairs of a four-word vocabulary, beside rows of another prompt; 37.70 is the
+    0.1% point of 15 degrees of freedom. Nothing is cut from the distribution: no top-k, no top-p."""
     gpt, n = tiny_gpt(3, vocab_size=4, std=0.25), 4000
-    tokens, _ = model.generate(gpt, [[1, 2, 3], [2]] * n, 2, temperature, generator=torch.Generator().manual_seed(0))
+    tokens, _ = model.generate(
+        gpt, [[1, 2, 3], [2]] * n, 2, temperature, generator=torch.Generator().manual_seed(0)
+    )
     for prompt, pairs in (([1, 2, 3], tokens[::2, 3:5]), ([2], tokens[1::2, 1:3])):
         counts = torch.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16).double()
         first = (gpt(torch.tensor([prompt]))[0, -1] / temperature).softmax(-1)  # (4,)
-        second = (gpt(torch.tensor([prompt + [a] for a in range(4)]))[:, -1] / temperature).softmax(-1)  # (4, 4)
+        # (4, 4)
+        second = (gpt(torch.tensor([prompt + [a] for a in range(4)]))[:, -1] / temperature).softmax(-1)
         expected = n * (first[:, None] * second).flatten().detach().double()
         assert expected.min() > 5  # else the approximation is none
         assert ((counts - expected) ** 2 / expected).sum() < 37.70
 
 
 def test_sample_never_draws_a_token_of_probability_zero():
-    """Inverting a cumulative distribution goes wrong at its steps: the first, a middle and the last token have none here."""
+    """Inverting a cumulative distribution goes wrong at its steps:
+    the first, a middle and the last token have none here."""
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(20_000, 5)
     drawn = model.sample(logits, 1.0, torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {1, 3}
 
 
 def test_sample_at_the_edge_of_a_step(monkeypatch):
-    """The random number 0 comes once in 16 million draws, and must not give the first token if that has probability zero."""
+    """The random number 0 comes once in 16 million draws,
+    and must not give the first token if that has probability zero."""
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size))
     assert model.sample(torch.tensor([[-torch.inf, 0.0, 0.0]]), 1.0, None).tolist() == [1]
 
@@ -395,7 +420,7 @@ def test_an_empty_prompt_is_refused():
         model.generate(tiny_gpt(), [[1], []], 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # weights from outside
 
 HF_CONFIG = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
@@ -403,7 +428,8 @@ HF_CONFIG = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_e
 
 
 def hf_weights(gpt, prefix):
-    """Our weights as Hugging Face stores GPT-2: matrices of linear layers (in, out), and a boolean causal mask for each layer."""
+    """Our weights as Hugging Face stores GPT-2: matrices of linear layers (in, out),
+    and a boolean causal mask for each layer."""
     found = {}
     for name, weight in gpt.state_dict().items():
         if name == "lm_head.weight":
@@ -423,7 +449,11 @@ def write_safetensors(path, weights):
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, weight in weights.items():
         raw = bytes(weight.contiguous().view(torch.uint8).flatten().tolist())
-        header[name] = dict(dtype=kinds[weight.dtype], shape=list(weight.shape), data_offsets=[len(data), len(data) + len(raw)])
+        header[name] = dict(
+            dtype=kinds[weight.dtype],
+            shape=list(weight.shape),
+            data_offsets=[len(data), len(data) + len(raw)],
+        )
         data += raw
     encoded = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
@@ -502,7 +532,9 @@ def test_a_hugging_face_folder_without_config_or_with_a_damaged_bin_ends_in_one_
         model.GPT.from_pretrained(str(tmp_path))
 
 
-@pytest.mark.parametrize("key, value", [("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True)])
+@pytest.mark.parametrize(
+    "key, value", [("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True)]
+)
 def test_from_pretrained_refuses_another_attention(tmp_path, key, value):
     """The weights would fit, and the logits be wrong."""
     folder = write_hf_folder(tmp_path, hf_weights(tiny_gpt(), ""), **{key: value})
@@ -521,7 +553,9 @@ def theirs(tmp_path):
     """A random GPT-2 of the transformers library, and our copy of it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=60, n_positions=32, n_layer=3, n_head=4, n_embd=32, initializer_range=0.2)
+    config = transformers.GPT2Config(
+        vocab_size=60, n_positions=32, n_layer=3, n_head=4, n_embd=32, initializer_range=0.2
+    )
     gpt2 = transformers.GPT2LMHeadModel(config).eval()
     gpt2.save_pretrained(tmp_path)
     return gpt2, model.GPT.from_pretrained(str(tmp_path)).eval()
@@ -539,13 +573,14 @@ def test_greedy_text_equals_that_of_transformers(theirs):
     assert torch.equal(model.generate(theirs[1], prompts.tolist(), 20, temperature=0)[0], expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # checkpoints
 
 
 def save(path, gpt, **more):
     model.save_checkpoint(str(path), **{
-        "kind": "policy", "config": asdict(gpt.config), "weights": gpt.state_dict(), "epochs": {}, "step": 7, "finished": True, **more,
+        "kind": "policy", "config": asdict(gpt.config), "weights": gpt.state_dict(), "epochs": {}, "step": 7,
+        "finished": True, **more,
     })
 
 
@@ -571,7 +606,8 @@ def test_one_of_the_kept_epochs_can_be_loaded(tmp_path):
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    """Half of the bytes, then a full disk: the old checkpoint is whole, no rest is left, and one line says what to do."""
+    """Half of the bytes, then a full disk: the old checkpoint is whole, no rest is left,
+    and one line says what to do."""
     path = tmp_path / "p.pt"
     save(path, tiny_gpt())
     old = path.read_bytes()
@@ -603,13 +639,18 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == old
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"not a checkpoint"],
-                         ids=["truncated", "empty", "text"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda raw: raw[: len(raw) // 2], lambda raw: b"", lambda raw: b"not a checkpoint"],
+    ids=["truncated", "empty", "text"],
+)
 def test_a_damaged_file_ends_in_one_line(tmp_path, damage):
     path = tmp_path / "p.pt"
     save(path, tiny_gpt())
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(SystemExit, match="p.pt is damaged or is not a checkpoint of this project: delete it, then run sft"):
+    with pytest.raises(
+        SystemExit, match="p.pt is damaged or is not a checkpoint of this project: delete it, then run sft"
+    ):
         model.load_checkpoint(str(path), "policy", "run sft")
     with pytest.raises(SystemExit, match="damaged"):
         model.is_finished(str(path))
@@ -670,7 +711,8 @@ def test_resume_with_the_same_flags(tmp_path):
     path = str(tmp_path / "p.pt")
     assert model.resume(path, "policy", dict(lr=0.1)) is None
     save(path, tiny_gpt(), settings=dict(lr=0.1, log_every=5))
-    assert model.resume(path, "policy", dict(lr=0.1, log_every=50))["step"] == 7  # how often to log changes no result
+    # how often to log changes no result
+    assert model.resume(path, "policy", dict(lr=0.1, log_every=50))["step"] == 7
 
 
 def test_resume_names_the_flags_that_differ(tmp_path):
@@ -683,13 +725,15 @@ def test_resume_names_the_flags_that_differ(tmp_path):
     assert "beta" not in str(stop.value) and path.read_bytes() == old
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # stopping, logging
 
 
 def test_saver_saves_on_ctrl_c_and_ends_between_two_steps(tmp_path):
     path, steps = tmp_path / "p.pt", []
-    with pytest.raises(SystemExit, match="stopped after step 3, saved in .*: the same command goes on from there"):
+    with pytest.raises(
+        SystemExit, match="stopped after step 3, saved in .*: the same command goes on from there"
+    ):
         with model.Saver(str(path), seconds=1e9) as saver:
             for step in range(1, 10):
                 if step == 3:
@@ -724,7 +768,8 @@ def test_saver_saves_when_its_time_is_up(tmp_path, seconds, saved):
 
 
 def test_log_is_cut_back_to_a_step(tmp_path):
-    """What was logged after the last checkpoint, and a line that a kill cut short, are written again by the run that goes on."""
+    """What was logged after the last checkpoint, and a line that a kill cut short,
+    are written again by the run that goes on."""
     path = str(tmp_path / "sft.jsonl")
     log = model.Log(path, 0)
     for step in range(6):
@@ -734,7 +779,8 @@ def test_log_is_cut_back_to_a_step(tmp_path):
     log = model.Log(path, 3)
     log.write(dict(step=4, loss=9.0), show=False)
     with open(path) as file:
-        assert [json.loads(line) for line in file] == [dict(step=s, loss=s / 2) for s in range(4)] + [dict(step=4, loss=9.0)]
+        expected = [dict(step=s, loss=s / 2) for s in range(4)] + [dict(step=4, loss=9.0)]
+        assert [json.loads(line) for line in file] == expected
 
 
 def test_log_shows_its_rows_on_the_console(tmp_path, capsys):
@@ -751,7 +797,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss):
         model.check_finite(loss, 12, "out/p.pt")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # flags
 
 
@@ -851,7 +897,7 @@ def test_a_wrong_argument_of_the_user_ends_in_one_line(monkeypatch):
         model.run(main, Config, SCALES)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # optimisation
 
 
@@ -863,7 +909,8 @@ def test_cosine_decays_to_a_tenth():
 
 
 def test_first_step_of_adam():
-    """J23: with gradient g = eps = 1e-5 the first step is lr * g / (|g| + eps) = lr / 2; with eps 1e-8 it would be 0.999 lr."""
+    """J23: with gradient g = eps = 1e-5 the first step is lr * g / (|g| + eps) = lr / 2;
+    with eps 1e-8 it would be 0.999 lr."""
     layer = torch.nn.Linear(1, 1, bias=False).double()
     before = layer.weight.item()
     layer.weight.grad = torch.full((1, 1), 1e-5).double()
@@ -882,7 +929,8 @@ def test_weight_decay_is_for_matrices_only():
 
 
 def test_optimizer_step_clips_the_norm_sets_the_rate_and_clears():
-    """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8). Plain SGD with rate 0.5 moves by (0.3, 0.4)."""
+    """Gradient (3, 4) has norm 5; clipped to 1 it is (0.6, 0.8).
+    Plain SGD with rate 0.5 moves by (0.3, 0.4)."""
     layer = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
     layer.weight.grad = torch.tensor([[3.0, 4.0]])
@@ -894,6 +942,8 @@ def test_optimizer_step_clips_the_norm_sets_the_rate_and_clears():
 
 def test_random_draws_are_a_function_of_seed_and_step():
     """Both torch's own state, which dropout uses, and the generator that is returned."""
-    draw = lambda seed, step: torch.cat([torch.rand(3, generator=model.seed_step(seed, step, CPU)), torch.rand(3)])
+    draw = lambda seed, step: torch.cat(
+        [torch.rand(3, generator=model.seed_step(seed, step, CPU)), torch.rand(3)]
+    )
     assert torch.equal(draw(1, 5), draw(1, 5))
     assert len({tuple(draw(seed, step).tolist()) for seed in (1, 2) for step in (5, 6)}) == 4

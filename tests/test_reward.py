@@ -23,7 +23,7 @@ def loss(scores, ranks):
     return float(reward.ranking_loss(torch.tensor([scores], dtype=torch.float64), torch.tensor([ranks])))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # eq. 1
 
 
@@ -32,7 +32,8 @@ def test_ranking_loss_by_hand():
 
 
 def test_ranking_loss_of_the_reversed_ranking():
-    """L2: log(1 + e^d) = d + log(1 + e^-d), so the mean grows by the mean difference 7.6 / 6: 0.273960 + 1.266667."""
+    """L2: log(1 + e^d) = d + log(1 + e^-d), so the mean grows by the mean difference 7.6 / 6:
+    0.273960 + 1.266667."""
     assert loss(SCORES, [4, 3, 2, 1]) == pytest.approx(1.540627, abs=1e-6)
 
 
@@ -64,7 +65,8 @@ def test_adding_a_constant_to_all_scores_changes_nothing():
 
 
 def test_tied_pairs_are_dropped_from_the_sum_and_from_the_divisor():
-    """L4: without (2,3), 1.643759 - 0.403186 = 1.240573, over the 5 pairs that are left (over 6 it would be 0.206762)."""
+    """L4: without (2,3), 1.643759 - 0.403186 = 1.240573,
+    over the 5 pairs that are left (over 6 it would be 0.206762)."""
     assert loss(SCORES, [1, 2, 2, 3]) == pytest.approx(0.248115, abs=1e-6)
 
 
@@ -76,7 +78,8 @@ def test_eq_1_is_not_the_cross_entropy_of_the_best():
 
 
 def test_every_prompt_weighs_the_same_however_many_pairs_it_has():
-    """L6: 0.273960 with 6 pairs and 0.232432 with 36: mean over prompts 0.253196; over the 42 pairs it would be 0.238364."""
+    """L6: 0.273960 with 6 pairs and 0.232432 with 36: mean over prompts 0.253196;
+    over the 42 pairs it would be 0.238364."""
     scores = torch.zeros(2, 9, dtype=torch.float64)
     scores[0, :4] = torch.tensor(SCORES)
     scores[1] = torch.linspace(2, -2, 9, dtype=torch.float64)
@@ -110,7 +113,8 @@ def test_ranking_loss_as_a_double_loop():
 
 
 def test_an_empty_slot_is_never_compared():
-    assert loss(SCORES[:2] + [100.0, -100.0], [1, 2, 0, 0]) == pytest.approx(loss(SCORES[:2], [1, 2]), abs=1e-12)
+    alone = loss(SCORES[:2], [1, 2])
+    assert loss(SCORES[:2] + [100.0, -100.0], [1, 2, 0, 0]) == pytest.approx(alone, abs=1e-12)
 
 
 def test_the_order_of_the_slots_does_not_matter():
@@ -131,7 +135,7 @@ def test_a_batch_of_ties_only_has_loss_and_gradient_zero():
     assert tied.item() == 0 and (scores.grad == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # scores
 
 
@@ -162,7 +166,9 @@ def test_score_is_read_at_the_last_real_token():
     scalar = tiny_scalar()
     tokens, lengths = model.pad([[1, 2, 3, 4, 5], [6, 7, 8]])
     everywhere = scalar(tokens)
-    torch.testing.assert_close(reward.score(scalar, tokens, lengths), torch.stack([everywhere[0, 4], everywhere[1, 2]]))
+    torch.testing.assert_close(
+        reward.score(scalar, tokens, lengths), torch.stack([everywhere[0, 4], everywhere[1, 2]])
+    )
     alone = scalar(torch.tensor([[6, 7, 8]]))[0, -1]
     torch.testing.assert_close(reward.score(scalar, tokens, lengths)[1], alone)
 
@@ -172,7 +178,9 @@ def test_more_padding_leaves_the_score_unchanged():
     scalar = tiny_scalar().double()
     tokens, lengths = model.pad([[1, 2, 3, 4, 5], [6, 7, 8]])
     padded = torch.nn.functional.pad(tokens, (0, 7), value=9)
-    torch.testing.assert_close(reward.score(scalar, padded, lengths), reward.score(scalar, tokens, lengths), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        reward.score(scalar, padded, lengths), reward.score(scalar, tokens, lengths), atol=1e-12, rtol=0
+    )
 
 
 def test_the_same_response_after_two_prompts_scores_differently():
@@ -186,10 +194,12 @@ def test_score_rows_keeps_the_order_of_its_rows():
     scalar, rng = tiny_scalar().double(), random.Random(0)
     rows = [[rng.randrange(1, 11) for _ in range(rng.randint(1, 20))] for _ in range(23)]
     alone = torch.stack([scalar(torch.tensor([row]))[0, -1] for row in rows])
-    torch.testing.assert_close(reward.score_rows(scalar, rows, torch.device("cpu"), piece=4), alone, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        reward.score_rows(scalar, rows, torch.device("cpu"), piece=4), alone, atol=1e-12, rtol=0
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # comparisons in batches
 
 
@@ -216,17 +226,20 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_prompts_alone():
 
 
 def test_accuracy_is_the_share_of_untied_pairs_in_the_labelers_order():
-    """First group: 5 > 4 > 3 as ranked, 3 of 3. Second: 9 scores above 8 but is ranked below, 0 of 1. A tie adds no pair."""
+    """First group: 5 > 4 > 3 as ranked, 3 of 3. Second: 9 scores above 8 but is ranked below, 0 of 1.
+    A tie adds no pair."""
     tied = ([[1, 7], [1, 6]], [1, 1])
     assert reward.evaluate(LastId(), GROUPS + [tied], torch.device("cpu"))["accuracy"] == 3 / 4
 
 
 def test_valid_loss_is_a_mean_over_prompts():
-    """32 prompts with score difference 2 as ranked, log(1 + e^-2) = 0.126928 each, and one that is the wrong way round,
-    log(1 + e^2) = 2.126928; (32 * 0.126928 + 2.126928) / 33 = 0.187534. A tied prompt counts nowhere."""
+    """32 prompts with score difference 2 as ranked, log(1 + e^-2) = 0.126928 each, and one that is the wrong
+    way round, log(1 + e^2) = 2.126928; (32 * 0.126928 + 2.126928) / 33 = 0.187534. A tied prompt counts
+    nowhere."""
     right, wrong, tied = ([[1, 5], [1, 3]], [1, 2]), ([[1, 3], [1, 5]], [1, 2]), ([[1, 5], [1, 3]], [1, 1])
     for groups in ([right] * 32 + [wrong], [right] * 31 + [wrong, right] + [tied] * 40):
-        assert reward.evaluate(LastId(), groups, torch.device("cpu"))["valid_loss"] == pytest.approx(0.187534, abs=1e-6)
+        found = reward.evaluate(LastId(), groups, torch.device("cpu"))
+        assert found["valid_loss"] == pytest.approx(0.187534, abs=1e-6)
 
 
 def tokenizer_of(chain):
@@ -243,7 +256,8 @@ def test_comparisons_are_encoded_as_prompt_response_and_eot(chain):
 
 
 def test_sampled_ids_are_not_encoded_again(chain):
-    """A sampled text may fall into other tokens than those that were sampled; and one cut by the limit has no eot."""
+    """A sampled text may fall into other tokens than those that were sampled;
+    and one cut by the limit has no eot."""
     tokenizer = tokenizer_of(chain)
     row = dict(prompt="say cat\n", responses=["a", "b"], ranks=[1, 2], tokens=[[70, 71], [72, tokenizer.eot]])
     ((rows, _),) = reward.encode_comparisons(tokenizer, [row], 64)
@@ -251,7 +265,7 @@ def test_sampled_ids_are_not_encoded_again(chain):
     assert rows == [prompt + [70, 71], prompt + [72, tokenizer.eot]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the whole stage, on untrained checkpoints
 
 
@@ -259,7 +273,9 @@ def test_sampled_ids_are_not_encoded_again(chain):
 def trained(chain, tmp_path_factory):
     """reward.main on the 20 prompts of chain -> (folder, reward model, its tokenizer)."""
     out = tmp_path_factory.mktemp("reward")
-    config = reward.Config(scale="tiny", data=str(chain), out=str(out), sft=str(chain / "sft.pt"), batch=4, log_every=1, epochs=3)
+    config = reward.Config(
+        scale="tiny", data=str(chain), out=str(out), sft=str(chain / "sft.pt"), batch=4, log_every=1, epochs=3
+    )
     reward.main(config)
     network, checkpoint = model.load_reward(str(out / "reward.pt"), "", torch.device("cpu"))
     return out, network, data.Tokenizer.from_state(checkpoint["tokenizer"])
@@ -286,7 +302,8 @@ def test_the_shift_changes_no_comparison(chain, trained):
 
 
 def test_the_reward_model_learns_a_simple_preference():
-    """One response ends in 9, the other in 3; after 60 steps of eq. 1 the first scores higher, on prompts never seen."""
+    """One response ends in 9, the other in 3; after 60 steps of eq. 1 the first scores higher,
+    on prompts never seen."""
     network = model.ScalarGPT.from_gpt(tiny_gpt(std=0.05))
     optimizer, rng = model.adamw(network, 1e-2), random.Random(0)
 
@@ -295,6 +312,7 @@ def test_the_reward_model_learns_a_simple_preference():
         return [prompt + [9], prompt + [3]], [1, 2]
 
     for _ in range(60):
-        reward.ranking_loss(*reward.score_groups(network, [group() for _ in range(8)], torch.device("cpu"))).backward()
+        groups = [group() for _ in range(8)]
+        reward.ranking_loss(*reward.score_groups(network, groups, torch.device("cpu"))).backward()
         model.optimizer_step(optimizer, network, 1e-2, 1.0)
     assert reward.evaluate(network, [group() for _ in range(50)], torch.device("cpu"))["accuracy"] > 0.95

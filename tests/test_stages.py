@@ -1,4 +1,5 @@
-"""The stages as a user meets them: the whole chain at tiny scale, stopping and going on, and what bad input gets."""
+"""The stages as a user meets them: the whole chain at tiny scale, stopping and going on,
+and what bad input gets."""
 
 import json
 import os
@@ -47,7 +48,7 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the chain
 
 
@@ -68,7 +69,8 @@ def test_one_command_trains_what_is_missing_and_ends_in_the_table(chain):
 def test_ppo_log_has_every_number_and_its_first_ratio_is_one(chain):
     """J11, in the product: the first minibatch of every iteration."""
     rows = [json.loads(line) for line in open(os.path.join(chain[0], "ppo.jsonl"))]
-    wanted = {"score", "kl", "kl3", "entropy", "clipfrac", "first_ratio", "explained_variance", "eot_rate", "length", "ptx_loss",
+    wanted = {"score", "kl", "kl3", "entropy", "clipfrac", "first_ratio", "explained_variance", "eot_rate",
+              "length", "ptx_loss",
               "seconds_generate", "seconds_score", "seconds_update", "tokens_s", "memory_gb"}
     for row in rows:
         assert wanted <= row.keys()
@@ -91,13 +93,15 @@ def test_a_finished_stage_is_left_alone(chain):
     assert before == {name: os.stat(os.path.join(chain[0], f"{name}.pt")).st_mtime_ns for name in NAMES}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # stopping and going on
 
 
 def stop_and_go_on(stage, out, marker, how, *flags):
-    """Start a stage, send it a signal as soon as `marker` is there and a moment has passed, start it again to the end."""
-    command = [sys.executable, f"{stage}.py", "--scale=tiny", "--device=cpu", f"--out={out}", "--save_seconds=0", *flags]
+    """Start a stage, send it a signal as soon as `marker` is there and a moment has passed,
+    start it again to the end."""
+    command = [sys.executable, f"{stage}.py", "--scale=tiny", "--device=cpu", f"--out={out}"]
+    command += ["--save_seconds=0", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not os.path.exists(marker) and process.poll() is None and time.monotonic() < deadline:
@@ -120,7 +124,8 @@ def stop_and_go_on(stage, out, marker, how, *flags):
 ])
 def test_killed_and_started_again_gives_the_same_bits(chain, tmp_path, stage, marker, makes):
     """kill -9 at some moment of the stage; the weights then equal those of the run that was never stopped."""
-    earlier = dict(sft=(), reward=("base", "sft", "ppo_init"), ppo=("base", "sft", "ppo_init", "reward"))[stage]
+    made_by_sft = ("base", "sft", "ppo_init")
+    earlier = dict(sft=(), reward=made_by_sft, ppo=(*made_by_sft, "reward"))[stage]
     for name in earlier:
         shutil.copy(f"{chain[0]}/{name}.pt", tmp_path)
     stopped, _, printed = stop_and_go_on(stage, str(tmp_path), str(tmp_path / marker), signal.SIGKILL)
@@ -139,7 +144,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(chain, tmp_path):
     assert same_bits(weights(tmp_path / "base.pt"), weights(f"{chain[0]}/base.pt"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # bad input: one line, exit status 1, nothing overwritten
 
 
@@ -189,7 +194,8 @@ def test_missing_checkpoints_name_the_command(tmp_path):
 def test_swapped_checkpoints(chain, tmp_path):
     out = chain[0]
     assert "holds a policy, expected a reward model" in fails("ppo", f"--out={out}", f"--reward={out}/sft.pt")
-    assert "holds a reward model, expected a policy" in fails("ppo", f"--out={out}", f"--ppo_init={out}/reward.pt")
+    said = fails("ppo", f"--out={out}", f"--ppo_init={out}/reward.pt")
+    assert "holds a reward model, expected a policy" in said
 
 
 @pytest.mark.parametrize("damage", ["cut short", "foreign", "empty"])
@@ -197,7 +203,8 @@ def test_damaged_checkpoints(chain, tmp_path, damage):
     for name in NAMES:
         shutil.copy(f"{chain[0]}/{name}.pt", tmp_path)
     path = tmp_path / "sft.pt"
-    content = {"cut short": path.read_bytes()[:5000], "foreign": b"PK a zip that is none", "empty": b""}[damage]
+    contents = {"cut short": path.read_bytes()[:5000], "foreign": b"PK a zip that is none", "empty": b""}
+    content = contents[damage]
     path.write_bytes(content)
     assert "is damaged or is not a checkpoint" in fails("ppo", f"--out={tmp_path}")
     assert path.read_bytes() == content
@@ -274,6 +281,8 @@ def test_data_that_is_not_utf8(tmp_path):
 
 def test_rows_longer_than_the_context(tmp_path, capsys):
     long = "word " * 400
-    flag = write_folder(tmp_path, comparisons=[GROUP] * 20, demonstrations=[dict(prompt=long, response="a")] * 12)
+    flag = write_folder(
+        tmp_path, comparisons=[GROUP] * 20, demonstrations=[dict(prompt=long, response="a")] * 12
+    )
     message = fails("sft", f"--out={tmp_path}/out", flag)
     assert "longer than 256 tokens" in message and "--block_size" in message
