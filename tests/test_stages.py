@@ -176,7 +176,7 @@ def test_an_error_is_one_line_on_stderr_and_status_1():
     ("ppo", ["--episodes=1"], "less than one rollout"),
     ("ppo", ["--device=tpu"], "use cpu or cuda"),
     ("ppo", ["--scale=huge"], "choose one of"),
-    ("sft", ["--encoding=bytes"], "not known"),
+    ("sft", ["--encoding=bytes"], "no encoding"),
     ("reward", ["--k_min=1"], "at least 2"),
     ("reward", ["--k_min=5", "--k_max=4"], "--k_max"),
 ])
@@ -213,7 +213,7 @@ def test_damaged_checkpoints(chain, tmp_path, damage):
 def test_other_flags_are_named_and_the_finished_model_stays(chain):
     before = open(f"{chain[0]}/ppo.pt", "rb").read()
     message = fails("ppo", f"--out={chain[0]}", "--beta=0.3")
-    assert "--beta=0.1 there, 0.3 now" in message and "--out" in message
+    assert "--beta=0.04 there, 0.3 now" in message and "--out" in message
     assert open(f"{chain[0]}/ppo.pt", "rb").read() == before
 
 
