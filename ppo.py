@@ -69,7 +69,7 @@ class Config:
 
     # ppo
     minibatch_size: int = 32  # responses per optimizer step: 8 minibatches to a rollout (paper: 64)
-    microbatch_size: int = 8  # responses per forward: memory and speed only
+    microbatch_size: int = 8  # responses per forward, of similar length: less padding, same numbers
     ppo_epochs: int = 1  # passes over a rollout, as the paper
     gamma: float = 1.0  # no discount, as the paper
     lam: float = 0.95  # GAE lambda; not in the paper, 0.95 in its predecessors and successors
