@@ -61,7 +61,7 @@ class Config:
     folds: int = 1  # above 1: labelers in so many groups, train without one, test on it (App. E.2: 5)
 
     # logging
-    log_every: int = 100  # steps
+    log_every: int = 200  # steps
     save_seconds: float = 15.0
 
 

@@ -72,7 +72,7 @@ class Config:
 
     # optimisation and logging
     grad_clip: float = 1.0
-    log_every: int = 100  # steps
+    log_every: int = 200  # steps
     save_seconds: float = 15.0  # a killed run loses at most this much
 
 
