@@ -390,8 +390,8 @@ class World:
     # -- the gold preference ------------------------------------------------------------
 
     def shape(self, text):
-        """The trigrams of a text, words of one class taken as one: what the gold
-        preference calls fluent."""
+        """The trigrams of a text, words of one class taken as one: gold() finds these
+        fluent if they are familiar."""
         classes = ["<"] + [self.word_class.get(w, w) for w in words_of(text)] + [">"]
         return list(zip(classes, classes[1:], classes[2:]))
 
@@ -433,8 +433,7 @@ class World:
         return [s.strip() for s in sentences if s.strip() in self.claims]
 
     def gold(self, task, text):
-        """The gold preference: how good a reply is, as a program. Returns its parts and
-        their sum, `gold`.
+        """The gold preference: how good a reply is, as a program -> its parts and their sum, `gold`.
 
         follows (0..1, share of the demands met), constraint (1, 0, or None without one), false (makes a
         false claim), claims (makes a claim), rude, fluent (0..1, share of familiar trigrams), padded
@@ -569,8 +568,7 @@ def make_labelers(world, seed, count=40, heldout=10):
 
 
 def screened(world, labeler, tasks, rng):
-    """The paper's soft cut-off: at least 75% agreement with the researchers on rankings (App.
-    B.1) -> bool."""
+    """-> bool. The paper's soft cut-off: 75% agreement with the researchers on rankings (App. B.1)."""
     agree = total = 0
     for task in tasks:
         replies = [imperfect(world, task, rng, care=0.5) for _ in range(4)]
@@ -781,8 +779,7 @@ def load(folder, scale, seed):
 
 
 def encode_documents(tokenizer, texts, length):
-    """Documents -> lists of ids, each document ended by eot and cut into pieces of at
-    most `length` ids.
+    """Documents -> lists of ids, each ended by eot and cut into pieces of at most `length` ids.
 
     A row of training text is one document (or a piece of a long one), not a window over several as in
     nanoGPT: a word is then looked up in the one text that is there, and copying from a prompt is learnt
@@ -802,8 +799,8 @@ def document_batch(documents):
 
 
 def valid_documents(documents, rows=512, tokens=16_384):
-    """The first documents, up to so many rows and tokens: the same for every stage and the last table, so
-    that the pretraining losses of all models are comparable."""
+    """The first documents, up to so many rows and tokens: the same for every stage and the last table,
+    so that the pretraining losses of all models are comparable."""
     totals = itertools.accumulate(map(len, documents))
     return [d for d, total in zip(documents[:rows], totals) if total <= tokens] or documents[:1]
 
@@ -1037,6 +1034,7 @@ def read_folder(folder):
     for row in demonstrations:
         row["response"] = join(row["prompt"], row["response"])
     for row in comparisons:
+        row.pop("tokens", None)  # of out/comparisons.jsonl: ids of another run's encoding
         row["responses"] = [join(row["prompt"], response) for response in row["responses"]]
     if not demonstrations:
         print(f"{folder} has no demonstrations: using the best-ranked responses of comparisons")

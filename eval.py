@@ -22,8 +22,8 @@ import model
 
 
 def win_rate(outcomes):
-    """Outcomes 1 (won), 0.5 (tie), 0 (lost), one a prompt -> rate, half-width of its
-    normal 95% interval."""
+    """Outcomes 1 (won), 0.5 (tie), 0 (lost), one a prompt -> rate, half-width of its normal
+    95% interval."""
     rate = sum(outcomes) / len(outcomes)
     return rate, 1.96 * math.sqrt(rate * (1 - rate) / len(outcomes))
 
@@ -47,8 +47,8 @@ def respond(policy, tokenizer, prompts, max_new_tokens, temperature, seed, devic
 
 
 def prompted(responses, tokenizer):
-    """What a few-shot prompted model said, up to the first line break: it does not know
-    where to stop."""
+    """What a few-shot prompted model said, up to the first line break: it does not know where to
+    stop."""
     texts = [text.lstrip("\n").split("\n")[0] for text, _ in responses]
     return [(text, tokenizer.encode(text) + [tokenizer.eot]) for text in texts]
 
@@ -66,8 +66,7 @@ def scores(reward_model, tokenizer, prompts, responses, device):
 
 @torch.no_grad()
 def mean_kl(policy, ref, tokenizer, prompts, responses, device):
-    """KL(policy || ref) in nats per response: k1 on the policy's own samples at temperature
-    1 -> float."""
+    """KL(policy || ref), nats per response -> float: k1 on the policy's own samples (temperature 1)."""
     total = 0.0
     for i in range(0, len(prompts), 128):
         prompt_ids = [tokenizer.encode(prompt) for prompt in prompts[i : i + 128]]
@@ -354,8 +353,7 @@ def train_judge(base, tokenizer, rows, responses, seed, device, epochs=3, batch=
 
 
 def print_table(table):
-    """Rows (dicts) -> one line each under the names of their keys, cells that a row
-    lacks left empty."""
+    """Rows (dicts) -> one line each under the names of their keys, missing cells empty."""
     columns = list(dict.fromkeys(key for row in table for key in row))
     print("\n" + "  ".join(f"{c:>{max(len(c), 6)}}" if c != "model" else f"{c:14}" for c in columns))
     for row in table:

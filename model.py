@@ -41,8 +41,7 @@ torch.set_flush_denormal(True)
 
 @dataclass
 class GPTConfig:
-    """The sizes of a network. n_embd must be a multiple of n_head; block_size is
-    the context, tokens."""
+    """The sizes of a network; n_embd is a multiple of n_head, block_size the context in tokens."""
 
     vocab_size: int
     block_size: int
@@ -59,8 +58,7 @@ class GPTConfig:
 
 
 def rotate(x, angles):
-    """Rotary positions (Su et al. 2021) on the first half of each head; the other
-    channels carry content.
+    """Rotary positions (Su et al. 2021) on the first half of each head; the rest carries content.
 
     x (B, nh, T, hs), angles (B or 1, T, hs // 4) in radians -> (B, nh, T, hs): each pair of channels
     turns by position * frequency.
@@ -111,8 +109,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each added to the residual stream behind a LayerNorm: x (B, T, C) ->
-    (B, T, C)."""
+    """x (B, T, C) -> (B, T, C): attention, then MLP, each reading through a LayerNorm, added to x."""
 
     def __init__(self, config):
         super().__init__()
@@ -165,8 +162,7 @@ class GPT(nn.Module):
                     module.attn.c_attn.weight[C : C + hs] = module.attn.c_attn.weight[:hs]
 
     def hidden(self, tokens, cache=None):
-        """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens continue
-        what it holds."""
+        """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens continue its own."""
         config, device = self.config, tokens.device
         positions = (
             torch.arange(tokens.size(1), device=device)[None] if cache is None else cache.positions
@@ -456,8 +452,8 @@ def pad(rows, device="cpu"):
 
 
 def response_mask(prompt_lengths, lengths, T):
-    """prompt_lengths (B,), lengths (B,) -> mask (B, T-1) bool: True where column t's action, tokens[:,
-    t + 1], belongs to the response, eot included."""
+    """prompt_lengths (B,), lengths (B,) -> mask (B, T-1) bool: True where the action of column t,
+    tokens[:, t + 1], belongs to the response, eot included."""
     action = torch.arange(1, T, device=lengths.device)  # the index in tokens of each column's action
     return (action >= prompt_lengths[:, None]) & (action < lengths[:, None])
 
@@ -467,8 +463,7 @@ def response_mask(prompt_lengths, lengths, T):
 
 
 def configure(Config, scales, argv):
-    """Command line -> Config: the scale's defaults (a dict beside each Config), then
-    the flags, --name=value.
+    """Command line -> Config: the defaults of the scale (beside each Config), then --name=value flags.
 
     Without --scale it is gpu if there is a GPU, else cpu. Raises SystemExit for an unknown flag (with
     its near misses) or scale, and for a value of the wrong type.
@@ -527,6 +522,9 @@ def check_values(config):
                 math.isfinite(value) and value >= 0,
                 f"--{name}={value}: expected a finite number, not below 0",
             )
+        if name in ("sft_dropout", "pretrain_share", "primer_share", "gamma", "lam", "ema"):
+            check(value <= 1, f"--{name}={value}: expected at most 1")
+    check(config.seed >= 0, f"--seed={config.seed}: expected a whole number, not below 0")
     get_device(config.device)
     try:
         os.makedirs(config.out, exist_ok=True)
@@ -556,8 +554,8 @@ def autocast(device):
 
 
 def adamw(model, lr, weight_decay=0.0):
-    """Adam with the paper's betas (0.9, 0.95); eps 1e-5 as in the original RLHF code. Decay
-    of matrices only."""
+    """Adam with the paper's betas (0.9, 0.95); eps 1e-5 as in the original RLHF code. Decay of
+    matrices only."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
@@ -575,8 +573,7 @@ def optimizer_step(optimizer, model, lr, grad_clip):
 
 
 def cosine(step, steps, floor=0.1):
-    """Factor of the learning rate: a cosine from 1 to `floor`, without warm-up
-    (InstructGPT, App. C.1)."""
+    """Factor of the learning rate: a cosine from 1 to `floor`, no warm-up (InstructGPT, App. C.1)."""
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
@@ -634,8 +631,8 @@ def load_checkpoint(path, kind, made_by):
 def resume(path, kind, settings):
     """The checkpoint at path if there is one, made with the same settings; else None.
 
-    Raises SystemExit, naming the flags, if it was made with others: it is neither
-    retrained nor overwritten.
+    Raises SystemExit, naming the flags, if it was made with others: it is neither retrained nor
+    overwritten.
     """
     if not os.path.exists(path):
         return None
@@ -661,8 +658,7 @@ def is_finished(path):
 
 
 def load_policy(path, made_by, device, epoch=None):
-    """-> GPT in eval mode, its checkpoint. epoch picks one of the kept epochs of sft.pt; None
-    is the last.
+    """-> GPT in eval mode, its checkpoint. epoch: one of the kept epochs of sft.pt; None is the last.
 
     Raises SystemExit as load_checkpoint does, and if the checkpoint is not finished.
     """
@@ -721,9 +717,8 @@ class Log:
         self.path, kept = path, []
         if os.path.exists(path):
             with open(path) as file:
-                kept = [
-                    line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step
-                ]
+                rows = [line for line in file if line.endswith("\n")]
+            kept = [line for line in rows if step and json.loads(line)["step"] <= step]
         with open(path + ".tmp", "w") as file:
             file.writelines(kept)
         os.replace(path + ".tmp", path)
@@ -758,8 +753,7 @@ def peak_memory_gb():
 
 
 def run(main, Config, scales):
-    """What stands under `if __name__ == "__main__"` of every stage: no traceback for what
-    a user caused."""
+    """What stands under `if __name__ == "__main__"` of every stage: errors of the user in one line."""
     try:
         main(configure(Config, scales, sys.argv[1:]))
     except KeyboardInterrupt:

@@ -283,8 +283,8 @@ def print_samples(tokenizer, batch, count=2):
 
 
 def ensure(config):
-    """Train the defaults that are missing before PPO, each by its own stage, with this
-    run's shared flags."""
+    """Train the defaults that are missing before PPO, each by its own stage, with this run's
+    shared flags."""
     shared = {
         name: getattr(config, name) for name in ("scale", "out", "seed", "data", "device", "encoding")
     }
@@ -293,7 +293,8 @@ def ensure(config):
     if not all(model.is_finished(os.path.join(config.out, f"{name}.pt")) for name in wanted):
         sft.main(sft.Config(**{**sft.SCALES[config.scale], **shared, **given}))
     if config.reward in ("", "gold") and not model.is_finished(os.path.join(config.out, "reward.pt")):
-        given = dict(sft=config.sft) if config.sft else {}
+        given = {name: getattr(config, name) for name in ("base", "sft")}
+        given = {name: path for name, path in given.items() if path.endswith(".pt")}
         reward.main(reward.Config(**{**reward.SCALES[config.scale], **shared, **given}))
 
 
@@ -315,10 +316,9 @@ def main(config):
     )
     for name in ("base", "sft", "ppo_init", "reward"):  # before anything trains
         given = getattr(config, name)
-        check(
-            not given.endswith(".pt") or os.path.exists(given),
-            f"{given} not found: correct --{name}, or leave it out to have it trained",
-        )
+        other = {"reward": ("gold",), "base": (given,)}.get(name, ())  # sft.py knows gpt2 and folders
+        there = not given or os.path.exists(given) or (given in other and not given.endswith(".pt"))
+        check(there, f"{given} not found: correct --{name}, or leave it out to have it trained")
     ensure(config)
     device = model.get_device(config.device)
     path, settings = os.path.join(config.out, "ppo.pt"), asdict(config)

@@ -167,8 +167,7 @@ def mean_score(reward_model, pairs, device):
 
 
 def train_step(reward_model, optimizer, batch, lr, config, device):
-    """One optimizer step on a batch of groups: K forwards for each, all its pairs in the loss
-    -> loss, float.
+    """One optimizer step on a batch of groups: K forwards for each, all its pairs in the loss -> loss.
 
     If that is not finite, no step is made.
     """
@@ -182,7 +181,7 @@ def train_step(reward_model, optimizer, batch, lr, config, device):
 
 
 def cross_validate(sft, groups, rows, config, device):
-    """Do reward models generalise to labelers they did not learn from? (InstructGPT, sec. 4.1 and App.
+    """Do reward models generalise to labelers they did not learn from? (InstructGPT, sec. 4.1, App.
     E.2: 69.6% against 72.4% on their own)
 
     Labelers are dealt into config.folds groups; a model learns from all but one, and is tested on that
@@ -234,8 +233,7 @@ CHUNK = 64  # prompts sampled and labeled together; a killed run goes on from th
 
 
 def collect(path, tasks, policies, tokenizer, world, labelers, config, device, mixture):
-    """Sample K responses to each task from the mixture of sources, have one labeler rank them,
-    write a row.
+    """Sample K responses to each task from the mixture of sources; one labeler ranks them -> rows.
 
     policies: dict(sft=, base=); mixture: {source: weight}. Rows, returned and appended to path: prompt,
     responses, ranks, labeler, user, category, and per response its source, its rating and its sampled

@@ -189,6 +189,10 @@ def settings_of(config, stage):
 def main(config):
     """Make base.pt, sft.pt and ppo_init.pt in config.out, or go on with those that are not finished."""
     model.check_values(config)
+    share = config.pretrain_share
+    model.check(share < 1, f"--pretrain_share={share}: expected less than 1")
+    heads = f"--n_head={config.n_head} does not divide --n_embd={config.n_embd}: change one of them"
+    model.check(config.n_embd % config.n_head == 0, heads)
     datasets = data.load(config.data, config.scale, config.seed)
     paths = {name: os.path.join(config.out, f"{name}.pt") for name in ("base", "sft", "ppo_init")}
 
