@@ -468,6 +468,16 @@ class World:
         return parts
 
 
+def swap_word(world, text, rng):
+    """Put another word of its class in place of one name, animal, color, object or town -> text."""
+    kinds = ("name", "animal", "color", "object", "town")
+    words = [w for w in re.findall(r"[a-z]+", text) if world.word_class.get(w) in kinds]
+    if not words:
+        return text
+    wrong = rng.choice(words)
+    return re.sub(rf"\b{wrong}\b", rng.choice(world.classes[world.word_class[wrong]]), text)
+
+
 def imperfect(world, task, rng, care=0.75):
     """What a labeler writes: the perfect reply with the mistakes of someone in a hurry -> text. care:
     the probability of not making each of the common mistakes."""
@@ -475,15 +485,8 @@ def imperfect(world, task, rng, care=0.75):
     if task["myth"] and rng.random() > care:
         # believes what people say
         text = text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"])
-    if rng.random() > care:  # mixes something up: another word of the same class
-        words = [
-            w
-            for w in re.findall(r"[a-z]+", text)
-            if world.word_class.get(w) in ("name", "animal", "color", "object", "town")
-        ]
-        if words:
-            wrong = rng.choice(words)
-            text = re.sub(rf"\b{wrong}\b", rng.choice(world.classes[world.word_class[wrong]]), text)
+    if rng.random() > care:  # mixes something up
+        text = swap_word(world, text, rng)
     sentences = re.findall(r" ?[^.!?]+[.!?]", text)
     if len(sentences) > 1 and rng.random() > care:  # leaves something out, often what was asked for
         del sentences[rng.randrange(len(sentences))]
@@ -506,15 +509,8 @@ def spoiled(world, task, rng):
         + ["constraint"] * 6 * constraint.startswith(("first", "last"))
     )
     mistake = rng.choice(mistakes)
-    if mistake == "word":  # another word of the same class
-        words = [
-            w
-            for w in re.findall(r"[a-z]+", text)
-            if world.word_class.get(w) in ("name", "animal", "color", "object", "town")
-        ]
-        if words:
-            wrong = rng.choice(words)
-            text = re.sub(rf"\b{wrong}\b", rng.choice(world.classes[world.word_class[wrong]]), text)
+    if mistake == "word":
+        text = swap_word(world, text, rng)
     elif mistake == "repeat":
         text += " " + rng.choice(sentences or [text]).strip()
     elif mistake == "filler":

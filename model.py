@@ -408,7 +408,7 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
         raise ValueError(
             f"prompt has {longest} tokens and {max_new_tokens} are to follow, "
             f"but the context is {gpt.config.block_size}: "
-            "lower --max_prompt_tokens or --max_new_tokens"
+            "shorten the prompt or lower --max_new_tokens"
         )
     # one batched prefill; equal prompts (K samples of one prompt) are read once
     unique = list(dict.fromkeys(map(tuple, prompts)))

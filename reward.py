@@ -16,7 +16,7 @@ Differs from the paper in:
        only: a small reward model that never saw a reply to another question gives such replies full
        marks (README).
 
-    python reward.py                  after python sft.py; 4 minutes on two CPU cores; writes reward.pt
+    python reward.py                  after python sft.py; 3 minutes on two CPU cores; writes reward.pt
     python reward.py --folds=5        only measures agreement with labelers it did not learn from
 """
 

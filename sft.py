@@ -15,7 +15,7 @@ Differs from the paper in:
     2. learning rates are those of a model a thousand times smaller; the paper's stand in the comments;
     3. pretraining begins with a primer (README, "What made the difference").
 
-    python sft.py                     2 minutes on two CPU cores
+    python sft.py                     3.5 minutes on two CPU cores
     python sft.py --scale=tiny        seconds; its numbers mean nothing
 """
 
