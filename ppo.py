@@ -52,7 +52,8 @@ class Config:
     encoding: str = "bpe"
     base: str = ""  # '' is out/base.pt; also gpt2 or a Hugging Face folder
     sft: str = ""  # the baseline, for the last table; '' is out/sft.pt
-    ppo_init: str = ""  # start of the policy, and reference of its KL; '' is out/ppo_init.pt
+    ppo_init: str = ""  # start of the policy; '' is out/ppo_init.pt
+    ref: str = ""  # reference of the KL; '' is the PPO initialisation, as the paper
     reward: str = ""  # '' is out/reward.pt; gold scores by the world's gold preference
 
     # rollouts
@@ -300,6 +301,14 @@ def ensure(config):
 
 def main(config):
     """Train ppo.pt in config.out, or go on with it, after what it needs; then print the last table."""
+    check_config(config)
+    ensure(config)
+    train(config)
+    eval.last_table(config, model.get_device(config.device))  # did it work?
+
+
+def check_config(config):
+    """Raises SystemExit for flags that do not fit together and for given files that are not there."""
     model.check_values(config)
     check(
         config.rollout_size % config.minibatch_size == 0,
@@ -314,14 +323,22 @@ def main(config):
         config.reward != "gold" or not config.data,
         "--reward=gold needs the miniature world: leave out --data",
     )
-    for name in ("base", "sft", "ppo_init", "reward"):  # before anything trains
+    for name in ("base", "sft", "ppo_init", "ref", "reward"):
         given = getattr(config, name)
         other = {"reward": ("gold",), "base": (given,)}.get(name, ())  # sft.py knows gpt2 and folders
         there = not given or os.path.exists(given) or (given in other and not given.endswith(".pt"))
         check(there, f"{given} not found: correct --{name}, or leave it out to have it trained")
-    ensure(config)
+
+
+def train(config):
+    """Make ppo.pt in config.out from finished earlier checkpoints, or go on with it."""
+    check_config(config)
     device = model.get_device(config.device)
     path, settings = os.path.join(config.out, "ppo.pt"), asdict(config)
+    stopped = model.resume(path, "policy", settings)
+    if stopped and stopped["finished"]:
+        print(f"{path} is there and finished")
+        return
     datasets = data.load(config.data, config.scale, config.seed)
 
     # 1. four networks
@@ -329,18 +346,20 @@ def main(config):
     reward_path = (
         os.path.join(config.out, "reward.pt") if config.reward in ("", "gold") else config.reward
     )
-    ref, checkpoint = model.load_policy(
+    policy, checkpoint = model.load_policy(
         init_path, 'run "python sft.py" first, or pass --ppo_init=PATH', device
     )
+    ref, ref_checkpoint = model.load_policy(config.ref or init_path, "correct --ref", device)
     reward_model, reward_checkpoint = model.load_reward(
         reward_path, 'run "python reward.py" first, or pass --reward=PATH', device
     )
-    check(
-        checkpoint["tokenizer"] == reward_checkpoint["tokenizer"],
-        f"{init_path} and {reward_path} have different encodings: train one of them again",
-    )
+    for other, path_of in ((reward_checkpoint, reward_path), (ref_checkpoint, config.ref)):
+        check(
+            checkpoint["tokenizer"] == other["tokenizer"],
+            f"{init_path} and {path_of} have different encodings: train one of them again",
+        )
     tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
-    policy, value_model, ema = copy.deepcopy(ref), copy.deepcopy(reward_model), copy.deepcopy(ref)
+    value_model, ema = copy.deepcopy(reward_model), copy.deepcopy(policy)
     ref.requires_grad_(False), reward_model.requires_grad_(False)
     optimizer = model.adamw(policy, config.lr)
     value_optimizer = model.adamw(value_model, config.value_lr)
@@ -353,19 +372,18 @@ def main(config):
         rows, lambda row: len(row["ids"]), policy.config.block_size - config.max_new_tokens, "prompts"
     )
     documents = data.encode_documents(tokenizer, datasets["pretrain"], 128) if config.ptx_coef else None
-    world = data.World() if config.reward == "gold" else None
+    world = None if config.data else data.World()
 
     # 3. where a run that was stopped goes on
     iterations = config.episodes // config.rollout_size
-    checkpoint = model.resume(path, "policy", settings)
-    if checkpoint and not checkpoint["finished"]:
-        policy.load_state_dict(checkpoint["policy"])
-        ema.load_state_dict(checkpoint["weights"])
-        value_model.load_state_dict(checkpoint["value_model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        value_optimizer.load_state_dict(checkpoint["value_optimizer"])
-        print(f"{path}: going on from iteration {checkpoint['step']}")
-    begin = checkpoint["step"] if checkpoint else 0
+    if stopped:
+        policy.load_state_dict(stopped["policy"])
+        ema.load_state_dict(stopped["weights"])
+        value_model.load_state_dict(stopped["value_model"])
+        optimizer.load_state_dict(stopped["optimizer"])
+        value_optimizer.load_state_dict(stopped["value_optimizer"])
+        print(f"{path}: going on from iteration {stopped['step']}")
+    begin = stopped["step"] if stopped else 0
 
     def state(iteration):
         return dict(
@@ -394,7 +412,7 @@ def main(config):
             gold = gold_scores(world, chosen, tokenizer) if world else None
             batch = rollout(
                 policy, ref, reward_model, value_model, [row["ids"] for row in chosen], tokenizer,
-                config, generator, gold,
+                config, generator, gold if config.reward == "gold" else None,
             )
 
             # 5. the update: minibatches in random order, every response once per pass
@@ -423,6 +441,9 @@ def main(config):
             # 6. log; save
             bar.update()
             row = measure(batch, stats, iteration, config)
+            if gold:  # what the reward model stands for: score up and gold down is over-optimisation
+                golds = gold(batch["tokens"], batch["prompt_lengths"], batch["lengths"])
+                row["gold"] = float(golds.mean())
             row.update(seconds_update=time.monotonic() - updating, memory_gb=model.peak_memory_gb())
             row["tokens_s"] = float(batch["mask"].sum()) / (
                 row["seconds_generate"] + row["seconds_score"] + row["seconds_update"]
@@ -440,9 +461,6 @@ def main(config):
         model.save_checkpoint(path, **state(iterations))
         seconds, memory = time.monotonic() - started, model.peak_memory_gb()
         print(f"wrote {path}: {iterations} iterations, {seconds:.0f} s, peak memory {memory:.2f} GB")
-
-    # 7. did it work?
-    eval.last_table(config, device)
 
 
 def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_batch, factor, config):
@@ -519,7 +537,7 @@ def measure(batch, stats, iteration, config):
 
 
 def gold_scores(world, tasks, tokenizer):
-    """--reward=gold: the gold preference as the reward, the bound of what a reward model could give.
+    """The gold preference of the world: the reward with --reward=gold, else only a column of the log.
 
     -> a function of tokens (B, T), prompt_lengths (B,), lengths (B,) that returns scores (B,).
     """
