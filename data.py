@@ -181,6 +181,24 @@ def content(name):
         return [line.rstrip("\n") for line in file if line.strip() and not line.startswith("#")]
 
 
+def read_blocks(name):
+    """The blocks of tasks.txt, or of a file like it -> list of dicts; tasks.txt and benchmarks.txt say
+    what their lines mean."""
+    kinds = {">": "prompts", "<": "replies", "!": "wrong", "flan>": "flan", "t0>": "t0"}
+    blocks = []
+    for line in content(name):
+        if line.startswith("["):
+            category, _, metric = line.removeprefix("[").partition("]")
+            blocks.append(dict(category=category, metric=metric.strip(), demands="", constraints=""))
+            blocks[-1].update({kind: [] for kind in kinds.values()})
+        elif line.startswith("?"):
+            blocks[-1]["demands"], _, blocks[-1]["constraints"] = line[2:].partition("!")
+        else:
+            mark, _, text = line.partition(" ")
+            blocks[-1][kinds[mark]].append(text.replace("\\n", "\n"))
+    return blocks
+
+
 def words_of(text):
     """-> the words, digits and signs of a text."""
     return re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", text)
@@ -191,7 +209,7 @@ class World:
     caller passes. Raises ValueError for a pattern or a demand that is not known."""
 
     def __init__(self):
-        self.classes, self.rules, self.facts, self.blocks, self.pages = {}, {}, [], [], []
+        self.classes, self.rules, self.facts, self.pages = {}, {}, [], []
         for line in content("words.txt"):
             name, words = line.split(": ")
             self.classes[name] = words.split()
@@ -207,17 +225,9 @@ class World:
                 relation=relation, statement=statement, questions=questions,
                 subject=first, truth=second, myth=third,
             ))
-        for line in content("tasks.txt"):
-            if line.startswith("["):
-                self.blocks.append(
-                    dict(category=line.strip("[]"), prompts=[], replies=[], demands="", constraints="")
-                )
-            elif line.startswith("?"):
-                self.blocks[-1]["demands"], _, self.blocks[-1]["constraints"] = line[2:].partition("!")
-            else:
-                self.blocks[-1]["prompts" if line.startswith(">") else "replies"].append(
-                    line[2:].replace("\\n", "\n")
-                )
+        self.blocks, self.heldout, self.benchmarks = (
+            read_blocks(name) for name in ("tasks.txt", "heldout.txt", "benchmarks.txt")
+        )
         self.suffixes = [block for block in self.blocks if block["category"] == "constraint"]
         self.by_category = {c: [b for b in self.blocks if b["category"] == c] for c in CATEGORY_SHARES}
         for line in content("pages.txt"):
@@ -385,6 +395,20 @@ class World:
             reply=" " + reply if prompt.endswith(":") else reply,
             demands=[d.strip() for d in demands if d.strip()], constraints=constraints,
             fact=bound.get("fact"), myth=bound.get("myth"),
+        )
+
+    def item(self, block, kind, rng):
+        """One question of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), fact, metric,
+        name of the task. kind: prompts, as pages have it, or flan, t0, as instructions."""
+        bound = {}
+        prompt = self.expand(rng.choice(block[kind]), bound, rng)
+        if kind != "prompts":
+            prompt += "\n"
+        space = "" if prompt.endswith("\n") else " "
+        answers = [space + self.expand(a, bound, rng) for a in block["replies"][:1] + block["wrong"]]
+        return dict(
+            name=block["category"], metric=block["metric"], prompt=prompt, answer=(answers or [""])[0],
+            wrong=answers[1:], fact=bound.get("fact"),
         )
 
     # -- the gold preference ------------------------------------------------------------

@@ -185,8 +185,9 @@ def cross_validate(sft, groups, rows, config, device):
     E.2: 69.6% against 72.4% on their own)
 
     Labelers are dealt into config.folds groups; a model learns from all but one, and is tested on that
-    one and, with prompts it has not seen, on its own. Prints both accuracies for each fold and writes
-    out/folds.json. Raises SystemExit if there are fewer labelers than folds.
+    one and, with prompts it has not seen, on its own. Prints both accuracies for each fold -> list of
+    (accuracy on its own labelers, on the others). Raises SystemExit if there are fewer labelers than
+    folds.
     """
     names = sorted({row.get("labeler") for row in rows} - {None})
     check(
@@ -219,10 +220,7 @@ def cross_validate(sft, groups, rows, config, device):
             f"on those it did not learn from {accuracies[1]:.3f}",
             flush=True,
         )
-    own, others = (sum(column) / len(results) for column in zip(*results))
-    print(f"mean: {own:.3f} and {others:.3f}")
-    with open(os.path.join(config.out, "folds.json"), "w") as file:
-        json.dump(dict(own=own, others=others, folds=results), file)
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,9 +310,12 @@ def main(config):
         f"--k_max={config.k_max} is below --k_min={config.k_min}: raise it",
     )
     device = model.get_device(config.device)
-    datasets = data.load(config.data, config.scale, config.seed)
     path = os.path.join(config.out, "reward.pt")
-    settings = asdict(config)
+    checkpoint = model.resume(path, "reward", asdict(config)) if config.folds == 1 else None
+    if checkpoint and checkpoint["finished"]:
+        print(f"{path} is there and finished")
+        return
+    datasets = data.load(config.data, config.scale, config.seed)
     sft, checkpoint = model.load_policy(
         config.sft or os.path.join(config.out, "sft.pt"),
         'run "python sft.py" first, or pass --sft=PATH',
@@ -322,32 +323,7 @@ def main(config):
     )
     tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
 
-    # 1. the model starts from the supervised one, its unembedding replaced by a scalar head
-    torch.manual_seed(config.seed)
-    reward_model = ScalarGPT.from_gpt(sft)
-    optimizer = model.adamw(reward_model, config.lr)
-    begin, checkpoint = 0, model.resume(path, "reward", settings) if config.folds == 1 else None
-    if checkpoint:
-        if checkpoint["finished"]:
-            print(f"{path} is there and finished")
-            return
-        reward_model.load_state_dict(checkpoint["weights"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        begin = checkpoint["step"]
-        print(f"{path}: going on from step {begin}")
-
-    def state(step, finished=False):
-        return dict(
-            kind="reward", config=asdict(reward_model.config), weights=reward_model.state_dict(),
-            step=step, finished=finished, optimizer=optimizer.state_dict(), settings=settings,
-            tokenizer=tokenizer.state(),
-        )
-
-    if config.folds == 1 and not checkpoint:
-        # holds the flags: a run with other flags does not go on with these comparisons
-        model.save_checkpoint(path, **state(0))
-
-    # 2. comparisons: read, or sampled and ranked here
+    # 1. comparisons: read, or sampled and ranked here
     if datasets["comparisons"] is None:
         base, _ = model.load_policy(
             config.base or os.path.join(config.out, "base.pt"),
@@ -378,8 +354,42 @@ def main(config):
     pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], sft.config.block_size)
 
     if config.folds > 1:
-        cross_validate(sft, groups, rows, config, device)
+        folds = cross_validate(sft, groups, rows, config, device)
+        own, others = (sum(column) / len(folds) for column in zip(*folds))
+        print(f"mean: {own:.3f} and {others:.3f}")
+        with open(os.path.join(config.out, "folds.json"), "w") as file:
+            json.dump(dict(own=own, others=others, folds=folds), file)
         return
+    train(config, sft, tokenizer, groups, groups_valid, pairs)
+
+
+def train(config, sft, tokenizer, groups, groups_valid, pairs):
+    """Make reward.pt in config.out from comparisons, or go on with it. sft: the GPT it starts from;
+    groups, groups_valid: of encode_comparisons; pairs: the demonstrations, which score 0 at last."""
+    device = model.get_device(config.device)
+    path, settings = os.path.join(config.out, "reward.pt"), asdict(config)
+
+    # 2. the model starts from the supervised one, its unembedding replaced by a scalar head
+    torch.manual_seed(config.seed)
+    reward_model = ScalarGPT.from_gpt(sft)
+    optimizer = model.adamw(reward_model, config.lr)
+    checkpoint = model.resume(path, "reward", settings)
+    begin = checkpoint["step"] if checkpoint else 0
+    if checkpoint and checkpoint["finished"]:
+        print(f"{path} is there and finished")
+        return
+    if begin:
+        reward_model.load_state_dict(checkpoint["weights"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        print(f"{path}: going on from step {begin}")
+
+    def state(step, finished=False):
+        return dict(
+            kind="reward", config=asdict(reward_model.config), weights=reward_model.state_dict(),
+            step=step, finished=finished, optimizer=optimizer.state_dict(), settings=settings,
+            tokenizer=tokenizer.state(),
+        )
+
     steps = -(-len(groups) // config.batch) * config.epochs
     batches = data.bucketed([len(rows[0]) for rows, _ in groups], config.batch, config.seed, steps)
     log = model.Log(path.replace(".pt", ".jsonl"), begin)
