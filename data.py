@@ -398,8 +398,9 @@ class World:
         )
 
     def item(self, block, kind, rng):
-        """One question of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), fact, metric,
-        name of the task. kind: prompts, as pages have it, or flan, t0, as instructions."""
+        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), name of the task,
+        metric, and the fact and question it is about. kind: prompts, as the pages have it, or flan or t0,
+        as an instruction."""
         bound = {}
         prompt = self.expand(rng.choice(block[kind]), bound, rng)
         if kind != "prompts":
@@ -408,7 +409,7 @@ class World:
         answers = [space + self.expand(a, bound, rng) for a in block["replies"][:1] + block["wrong"]]
         return dict(
             name=block["category"], metric=block["metric"], prompt=prompt, answer=(answers or [""])[0],
-            wrong=answers[1:], fact=bound.get("fact"),
+            wrong=answers[1:], fact=bound.get("fact"), question=bound.get("question"),
         )
 
     # -- the gold preference ------------------------------------------------------------

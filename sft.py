@@ -186,7 +186,7 @@ def settings_of(config, stage):
     return {name: value for name, value in asdict(config).items() if not name.startswith(others)}
 
 
-def main(config):
+def main(config, stages=("sft", "ppo_init")):
     """Make base.pt, sft.pt and ppo_init.pt in config.out, or go on with those that are not finished."""
     model.check_values(config)
     share = config.pretrain_share
@@ -214,7 +214,7 @@ def main(config):
     pairs_valid = data.encode_pairs(tokenizer, datasets["demonstrations_valid"], config.block_size)
 
     # 2. the baseline, and 3. the start of PPO: two models, two recipes (App. C.1 and C.3)
-    for name in ("sft", "ppo_init"):
+    for name in stages:
         torch.manual_seed(config.seed)
         is_baseline = name == "sft"
         epochs = config.sft_epochs if is_baseline else config.ppo_init_epochs
