@@ -1,11 +1,17 @@
 """
-Did it work? Win rates, scores and the last table of `python ppo.py` (InstructGPT, sec. 4).
+Did it work? Win rates, the last table of `python ppo.py`, and every finding of the paper in miniature.
 
-    python eval.py      the table again, for the checkpoints in --out (trains what is missing)
+    python eval.py                     the report: findings 1 to 15 of FINDINGS below on three seeds; trains
+                                       what is missing; keeps what it measured in out/report.json
+    python eval.py --finding=2,12      these alone; those of ON_REQUEST run only so
+    python eval.py chat                talk to --model=base, sft, ppo_init or ppo, or to the path of one
+    python eval.py compare "PROMPT"    every model in --out on one prompt: response, score, kl, length
 
-Functions here need only the models and the data. What every measurement is made of: `respond` (sample),
-`scores` (reward model), and in the world `data.World.gold` and `data.label`. A response is a pair
-(text, ids) everywhere; ids end with eot if the response ended by itself.
+Every measurement is made of three things: `respond` (sample), `scores` (reward model) and
+`choice_logprobs` (log-probability of a choice); in the world also of `data.World.gold` and `data.label`.
+A response is a pair (text, ids) everywhere; ids end with eot if the response ended by itself.
+
+The file in order: measures; the last table; the report; chat and compare.
 """
 
 import itertools
@@ -14,6 +20,7 @@ import math
 import os
 import random
 import statistics
+import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
@@ -1367,5 +1374,216 @@ def save_figure(figure, out, name):
     print(f"wrote {os.path.join(out, name)}")
 
 
-if __name__ == "__main__":
+# --------------------------------------------------------------------------------------------------
+# talking to it: python eval.py chat, python eval.py compare
+
+POLICIES = ("base", "sft", "ppo_init", "ppo")
+
+
+@dataclass
+class TalkConfig:
+    """What chat and compare share. A model is as large as its checkpoint says, at every scale."""
+
+    scale: str = "cpu"  # changes nothing here
+    out: str = "out"
+    seed: int = 1
+    device: str = ""
+    temperature: float = 1.0  # 0 is greedy
+    max_new_tokens: int = 28
+
+
+@dataclass
+class ChatConfig(TalkConfig):
+    model: str = "ppo"  # base, sft (its last epoch), ppo_init or ppo in --out; or the path of a policy
+    template: str = "chat"  # plain: every line by itself, a prompt as most of the world's are
+    verbose: bool = False  # show the text that the model is given
+
+
+@dataclass
+class CompareConfig(TalkConfig):
+    samples: int = 1  # responses of each model to a prompt
+
+
+def plain_prompt(line):
+    """What was typed -> prompt, ended as the world's are: by a new line, or by a colon that it has.
+    A backslash and an n stand for a new line, so that a dialogue fits a line."""
+    text = line.replace("\\n", "\n")
+    return text if text.endswith((":", "\n")) else text + "\n"
+
+
+def typed(marker):
+    """Yields the lines of stdin, empty ones left out. The marker is for a terminal: output that goes
+    on to another program is responses only."""
+    marker = marker if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    while True:
+        try:
+            line = input(marker).strip()
+        except EOFError:
+            if marker:
+                print()
+            return
+        if line:
+            yield line
+
+
+def fits(tokenizer, prompt, context, max_new_tokens):
+    """Is there room for the prompt and its response in `context` tokens? If not, one line says so."""
+    count = len(tokenizer.encode(prompt))
+    if count + max_new_tokens > context:
+        print(
+            f"this prompt has {count} tokens and {max_new_tokens} are to follow, but the context is "
+            f"{context}: shorten it or lower --max_new_tokens", file=sys.stderr,
+        )
+    return count + max_new_tokens <= context
+
+
+def stream(policy, tokenizer, prompt, max_new_tokens, temperature, generator):
+    """Yields a response in pieces of text, one a token: joined they are the text that one call of
+    model.generate gives. The prompt (text) and its response fit the context."""
+    prompt_ids, ids, shown, text = tokenizer.encode(prompt), [], 0, ""
+    while len(ids) < max_new_tokens and ids[-1:] != [tokenizer.eot]:
+        # one token a call reads the dialogue anew each time: some milliseconds here, and generate
+        # stays the only decode loop
+        tokens, _ = model.generate(policy, [prompt_ids + ids], 1, temperature, None, generator)
+        ids.append(int(tokens[0, -1]))
+        text = data.response_text(tokenizer, prompt_ids, ids)
+        # half a character (U+FFFD) and a space that may open a line can change with the next token
+        settled = len(text.rstrip(" \ufffd"))
+        yield text[shown:settled]
+        shown = settled
+    yield text[shown:]
+
+
+def chat(config):
+    """A dialogue with one model, in the world's template: "human: {text}\\nai:" and a response, which
+    begins with a space; the next turn on a new line. Nothing a model writes is cut: a raw GPT goes on
+    with the human's next turn."""
+    path = config.model if config.model.endswith(".pt") else f"{config.out}/{config.model}.pt"
+    made_by = f"run python ppo.py --out={config.out} first, or choose another --model"
+    device = model.get_device(config.device)
+    policy, checkpoint = model.load_policy(path, made_by, device)
+    tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
+    generator = torch.Generator(device).manual_seed(config.seed)
+    context, size, turns = policy.config.block_size, config.max_new_tokens, []
+    in_dialogue = config.template == "chat"
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        print(f"talking to {path}: /reset forgets the dialogue, Ctrl-D ends")
+    for line in typed("human: " if in_dialogue else "> "):
+        if line == "/reset":
+            turns = []
+            continue
+        turn = f"human: {line}\nai:" if in_dialogue else plain_prompt(line)
+        if not fits(tokenizer, turn, context, size):
+            continue
+        kept = turns
+        while len(tokenizer.encode("".join(kept) + turn)) + size > context:
+            kept = kept[1:]
+        if len(kept) < len(turns):
+            print(
+                f"the context of {context} tokens is full: oldest turns left out, "
+                f"{len(turns) - len(kept)} of {len(turns)}", file=sys.stderr,
+            )
+        prompt = "".join(kept) + turn
+        if config.verbose:
+            print(f"{prompt!r}, {len(tokenizer.encode(prompt))} tokens", file=sys.stderr)
+        if terminal and in_dialogue:
+            print("ai:", end="")
+        response = ""
+        for piece in stream(policy, tokenizer, prompt, size, config.temperature, generator):
+            print(piece, end="", flush=True)
+            response += piece
+        print(flush=True)
+        if in_dialogue:
+            turns = kept + [turn + response + ("" if response.endswith("\n") else "\n")]
+
+
+def side_by_side(config, lines):
+    """Every model in --out on each prompt, with the same luck. kl: log pi - log ref of this response
+    at temperature 1, ref the PPO initialisation, nats; length in tokens with eot. lines: text as typed,
+    any iterable."""
+    device = model.get_device(config.device)
+    path, made_by = config.out + "/{}.pt", f"run python ppo.py --out={config.out}"
+    found = [name for name in (*POLICIES, "reward") if model.is_finished(path.format(name))]
+    loaded = {
+        name: (model.load_reward if name == "reward" else model.load_policy)(
+            path.format(name), made_by, device
+        )
+        for name in found
+    }
+    policies = {name: loaded[name][0] for name in found if name != "reward"}
+    model.check(policies, f"{config.out} holds no finished model: {made_by} first")
+    [state, *others] = [checkpoint["tokenizer"] for _, checkpoint in loaded.values()]
+    model.check(
+        all(other == state for other in others),
+        f"the models in {config.out} have different encodings: train them again in one --out",
+    )
+    for name, without in (("reward", "score"), ("ppo_init", "kl")):
+        if name not in found:
+            print(f"no finished {path.format(name)}: {without} left out", file=sys.stderr)
+    columns = ["score"] * ("reward" in found) + ["kl"] * ("ppo_init" in found) + ["length", "response"]
+    tokenizer = data.Tokenizer.from_state(state)
+    context = min(network.config.block_size for network, _ in loaded.values())
+    for prompt in (plain_prompt(line) for line in lines if line.strip()):
+        if not fits(tokenizer, prompt, context, config.max_new_tokens):
+            continue
+        print(repr(prompt))
+        print(" " * 12 + "  ".join(f"{column:>6}" for column in columns))
+        for name, policy in policies.items():
+            for response in respond(
+                policy, tokenizer, [prompt] * config.samples, config.max_new_tokens,
+                config.temperature, config.seed, device,
+            ):
+                arguments, row = (tokenizer, [prompt], [response], device), []
+                if "score" in columns:
+                    row.append(f"{scores(loaded['reward'][0], *arguments)[0]:6.3f}")
+                if "kl" in columns:
+                    row.append(f"{mean_kl(policy, policies['ppo_init'], *arguments):6.3f}")
+                row += [f"{len(response[1]):6d}", repr(response[0])]
+                print(f"  {name:10}" + "  ".join(row))
+        print(flush=True)
+
+
+def talk(command, arguments):
+    """chat or compare with the arguments behind it. Status 0 at the end of the input, at Ctrl-C, and
+    when whoever reads our output goes away."""
+    prompts = [a for a in arguments if command == "compare" and not a.startswith("--") and a != "-h"]
+    try:
+        for file in (sys.stdin, sys.stdout):
+            file.reconfigure(errors="replace")  # bytes that are no text
+        config = model.configure(
+            ChatConfig if command == "chat" else CompareConfig,
+            dict.fromkeys(("tiny", "cpu", "gpu", "gpt2"), {}),
+            [a for a in arguments if a not in prompts],
+        )
+        # not model.check_values: temperature 0 is greedy here, and nothing is written to --out
+        for name, least in (("max_new_tokens", 1), ("samples", 1), ("seed", 0), ("temperature", 0)):
+            value = getattr(config, name, least)
+            model.check(
+                least <= value < 2**63, f"--{name}={value}: expected a finite number, at least {least}"
+            )
+        template = getattr(config, "template", "chat")
+        model.check(template in ("chat", "plain"), f"--template={template}: expected chat or plain")
+        if command == "chat":
+            chat(config)
+        else:
+            side_by_side(config, prompts or typed("> "))
+    except KeyboardInterrupt:
+        print()
+    except BrokenPipeError:  # as in `python eval.py chat | head -1`; Python flushes once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv):
+    """chat, compare, or only flags: the report."""
+    if argv[:1] in (["chat"], ["compare"]):
+        return talk(argv[0], argv[1:])
+    model.check(
+        not argv or argv[0].startswith("-"),
+        f'"{" ".join(argv)}" is unknown: say chat, compare "PROMPT", or only flags such as --out=DIR',
+    )
     model.run(report, Config, SCALES)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
