@@ -398,9 +398,9 @@ class World:
         )
 
     def item(self, block, kind, rng):
-        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), name of the task,
-        metric, and the fact and question it is about. kind: prompts, as the pages have it, or flan or t0,
-        as an instruction."""
+        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), name of the
+        task, metric, and the fact and question it is about. kind: prompts, as the pages have it, or flan
+        or t0, as an instruction."""
         bound = {}
         prompt = self.expand(rng.choice(block[kind]), bound, rng)
         if kind != "prompts":

@@ -1,11 +1,11 @@
 """
-Did it work? Win rates, the last table of `python ppo.py`, and every finding of the paper in miniature.
+Did it work? Win rates, the last table of `python ppo.py`, and the paper's findings in miniature.
 
-    python eval.py                     the report: findings 1 to 15 of FINDINGS below on three seeds; trains
-                                       what is missing; keeps what it measured in out/report.json
-    python eval.py --finding=2,12      these alone; those of ON_REQUEST run only so
-    python eval.py chat                talk to --model=base, sft, ppo_init or ppo, or to the path of one
-    python eval.py compare "PROMPT"    every model in --out on one prompt: response, score, kl, length
+    python eval.py                   the report: FINDINGS, below, on three seeds; trains what is missing
+                                     and keeps what it measured in out/report.json
+    python eval.py --finding=2,12    only these; those of ON_REQUEST run when asked for like this
+    python eval.py chat              talk to --model=base, sft, ppo_init or ppo, or to the path of one
+    python eval.py compare "TEXT"    every model in --out on one prompt: response, score, kl, length
 
 Every measurement is made of three things: `respond` (sample), `scores` (reward model) and
 `choice_logprobs` (log-probability of a choice); in the world also of `data.World.gold` and `data.label`.
