@@ -758,15 +758,12 @@ def load(folder, scale, seed):
     split = dict(
         pretrain_valid=documents[:n_valid], pretrain=documents[n_valid:] or documents, primer=[]
     )
-    split["demonstrations"], split["demonstrations_valid"] = split_by_user(
-        rows["demonstrations"], (0.9, 0.1), seed
-    )
-    split["comparisons"], split["comparisons_valid"] = split_by_user(
-        rows["comparisons"], (0.9, 0.1), seed
-    )
-    split["prompts"], split["valid"], split["test"] = split_by_user(
-        rows["prompts"], (0.8, 0.1, 0.1), seed
-    )
+    for name, shares, *parts in (
+        ("demonstrations", (0.9, 0.1), "demonstrations", "demonstrations_valid"),
+        ("comparisons", (0.9, 0.1), "comparisons", "comparisons_valid"),
+        ("prompts", (0.8, 0.1, 0.1), "prompts", "valid", "test"),
+    ):
+        split.update(zip(parts, split_by_user(rows[name], shares, seed, name)))
     return split
 
 
@@ -1048,20 +1045,30 @@ def read_folder(folder):
     )
 
 
-def split_by_user(rows, shares, seed):
+def split_by_user(rows, shares, seed, name="rows"):
     """-> as many lists of rows as there are shares, e.g. (0.9, 0.1). All rows of one user go to the
-    list that then lacks most; a row without "user" is on its own. Rows keep their order."""
-    units = defaultdict(list)  # user -> indices of rows
-    for i, row in enumerate(rows):
-        units[("row", i) if row.get("user") is None else ("user", row["user"])].append(i)
-    order = list(units.values())
-    random.Random(seed).shuffle(order)
-    lacking, parts = [share * len(rows) for share in shares], [[] for _ in shares]
-    for unit in order:
-        part = lacking.index(max(lacking))
-        parts[part] += unit
-        lacking[part] -= len(unit)
-    return tuple([rows[i] for i in sorted(part)] for part in parts)
+    list that then lacks most; a row without "user" is on its own. Rows keep their order. If that
+    leaves a list empty, rows are split without regard to users; if one still is, the first list
+    stands in for it; either is printed."""
+    for whole_users in (True, False):
+        units = defaultdict(list)  # user -> indices of rows
+        for i, row in enumerate(rows):
+            user = row.get("user") if whole_users else None
+            units[("row", i) if user is None else ("user", user)].append(i)
+        order = list(units.values())
+        random.Random(seed).shuffle(order)
+        lacking, parts = [share * len(rows) for share in shares], [[] for _ in shares]
+        for unit in order:
+            part = lacking.index(max(lacking))
+            parts[part] += unit
+            lacking[part] -= len(unit)
+        if all(parts):
+            break
+    if not all(parts):
+        print(f"only {len(rows)} {name}: those for training are used for validation and tests, too")
+    elif not whole_users:
+        print(f"too few users to split {len(rows)} {name} by user: split by row")
+    return tuple([rows[i] for i in sorted(part or parts[0])] for part in parts)
 
 
 # --------------------------------------------------------------------------------------------------
