@@ -175,10 +175,33 @@ KIND_SHARES = dict(plain=0.6, few_shot=0.08, user_based=0.32)
 FEW_SHOT_CATEGORIES = {"open_qa", "rewrite", "classification", "closed_qa", "extract", "brainstorming"}
 
 
+FORMS = {  # file of assets/world -> the form of its lines, as a pattern and in words
+    "words.txt": (r"[a-z_]+: [^:]+", "class: word word .."),
+    "rules.txt": (r"[a-z_]+: .+", "rule: pattern"),
+    "facts.txt": (
+        r"[^|{}]+\|([^|{}]|\{(subject|value)\})+\|([^|{}]|\{subject\})*",
+        "subject | truth | misconception, or relation | statement | questions with {subject}, {value}",
+    ),
+    "tasks.txt": (
+        rf"\[({'|'.join(CATEGORY_SHARES)}|constraint)\]|[><?] .+",
+        "> prompt, < reply, ? demands, or a category in square brackets",
+    ),
+    "pages.txt": (r"\d+(\.\d+)? \| .+", "share | pattern"),
+}
+
+
 def content(name):
-    """The lines of assets/world/NAME, without comments and blank lines."""
+    """The lines of assets/world/NAME, without comments and blank lines. Raises ValueError for a
+    line that has not the form of its file."""
+    form, words, lines = *FORMS.get(name, (".*", "")), []
     with open(os.path.join(WORLD, name), encoding="utf-8") as file:
-        return [line.rstrip("\n") for line in file if line.strip() and not line.startswith("#")]
+        for number, line in enumerate(file, 1):
+            line = line.rstrip("\n")
+            if line.strip() and not line.startswith("#"):
+                if not re.fullmatch(form, line):
+                    raise ValueError(f"assets/world/{name}:{number}: {line!r} is not {words}")
+                lines.append(line)
+    return lines
 
 
 def words_of(text):
@@ -188,7 +211,8 @@ def words_of(text):
 
 class World:
     """The content of assets/world, ready to expand. Every text comes from a `random.Random` that the
-    caller passes. Raises ValueError for a pattern or a demand that is not known."""
+    caller passes. Raises ValueError for a malformed line, and for a pattern or a demand that is not
+    known."""
 
     def __init__(self):
         self.classes, self.rules, self.facts, self.blocks, self.pages = {}, {}, [], [], []
@@ -198,11 +222,14 @@ class World:
         for line in content("rules.txt"):
             name, pattern = line.split(": ", 1)
             self.rules.setdefault(name, []).append(pattern)
+        relation = None
         for line in content("facts.txt"):
             first, second, third = (part.strip() for part in line.split("|"))
             if "{subject}" in second:
                 relation, statement, questions = first, second, third.split(" / ")
                 continue
+            if relation is None:
+                raise ValueError(f"assets/world/facts.txt: {line!r} stands before the first relation")
             self.facts.append(dict(
                 relation=relation, statement=statement, questions=questions,
                 subject=first, truth=second, myth=third,
@@ -212,12 +239,19 @@ class World:
                 self.blocks.append(
                     dict(category=line.strip("[]"), prompts=[], replies=[], demands="", constraints="")
                 )
+            elif not self.blocks:
+                raise ValueError(f"assets/world/tasks.txt: {line!r} stands before the first [category]")
             elif line.startswith("?"):
                 self.blocks[-1]["demands"], _, self.blocks[-1]["constraints"] = line[2:].partition("!")
             else:
                 self.blocks[-1]["prompts" if line.startswith(">") else "replies"].append(
                     line[2:].replace("\\n", "\n")
                 )
+        for block in self.blocks:
+            for part, sign in (("prompts", ">"), ("replies", "<"), ("demands", "?")):
+                if not block[part]:
+                    seen = [block["category"], *block["prompts"], *block["replies"]][:2]
+                    raise ValueError(f"assets/world/tasks.txt: the block {seen} has no line with {sign}")
         self.suffixes = [block for block in self.blocks if block["category"] == "constraint"]
         self.by_category = {c: [b for b in self.blocks if b["category"] == c] for c in CATEGORY_SHARES}
         for line in content("pages.txt"):
@@ -676,10 +710,16 @@ def world_data(world, scale, seed):
 def user_prompts(world, count, split, rng, trained_on):
     """`count` prompts of the users of one split -> tasks, after the paper's filters (sec. 3.2): none of
     two that share a long prefix, at most 200 a user, nothing with a phone number; and, held-out prompts
-    being short here, no text in `trained_on`."""
+    being short here, no text in `trained_on`. Raises SystemExit if the world has not so many."""
     users = count // 6 + 10  # Table 8: 6 prompts a customer
-    tasks, seen, per_user = [], set(), Counter()
+    tasks, seen, per_user, rejected = [], set(), Counter(), 0
     while len(tasks) < count:
+        if rejected == 10_000:  # one after the other
+            raise SystemExit(
+                f"found no more than {len(tasks)} of {count} different prompts: the world is too small: "
+                "add words and patterns to assets/world, or take a smaller --scale"
+            )
+        rejected += 1
         user = f"{split}-{int(users * rng.random() ** 2)}"  # a few customers send many prompts
         task = world.task(rng, user)
         if rng.random() < 0.01:
@@ -694,10 +734,10 @@ def user_prompts(world, count, split, rng, trained_on):
             or (user, task["prompt"]) in seen
             or per_user[user] >= 200
             or has_personal_data(task["prompt"])
+            or task["prompt"] in trained_on
         ):
             continue
-        if task["prompt"] in trained_on:
-            continue
+        rejected = 0
         seen |= {prefix, (user, task["prompt"])}
         per_user[user] += 1
         tasks.append(task)
@@ -1223,13 +1263,20 @@ def compare_reviews(reviews):
         yield comparison("Review:", [r["response"] for r in group], [r["rating"] for r in group])
 
 
+def import_text(row):
+    """A document, or an object whose text is one."""
+    row = {"text": row} if isinstance(row, str) else row
+    check_row(row, "text")
+    yield "pretrain.txt", row["text"].strip("\n")
+
+
 FORMATS = {
     "hh-rlhf": import_pairs, "pairs": import_pairs,
     "pandalm": import_pandalm,
     "oasst": import_oasst,
     "alpaca": import_instructions, "dolly": import_instructions, "self-instruct": import_instructions,
     "imdb": import_review, "sentence-polarity": import_review,
-    "text": lambda text: [("pretrain.txt", text)],
+    "text": import_text,
 }
 PUT_TOGETHER = {import_pandalm: group_pairs, import_review: compare_reviews}
 IMPORT_USAGE = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"

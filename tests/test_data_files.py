@@ -282,6 +282,11 @@ def test_instruction_formats_write_the_same_prompt(tmp_path, format, row):
     assert made["pretrain.txt"] == ["add\n1 2\n3"] and unused == ["2"]
 
 
+def test_text_may_stand_in_jsonl(tmp_path):
+    made, unused = imported(tmp_path, "text", [{"text": "one\n"}, {"title": "none"}, "7", {"text": "two"}])
+    assert made["pretrain.txt"] == ["one", "two"] and unused == ["2", "3"]
+
+
 def test_best_response_does_not_always_come_first(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(200)]
     made, _ = imported(tmp_path, "pairs", rows)
