@@ -175,15 +175,43 @@ KIND_SHARES = dict(plain=0.6, few_shot=0.08, user_based=0.32)
 FEW_SHOT_CATEGORIES = {"open_qa", "rewrite", "classification", "closed_qa", "extract", "brainstorming"}
 
 
+FORMS = {  # file of assets/world -> the form of its lines, as a pattern and in words
+    "words.txt": (r"[a-z_]+: [^:]+", "class: word word .."),
+    "rules.txt": (r"[a-z_]+: .+", "rule: pattern"),
+    "facts.txt": (
+        r"[^|{}]+\|([^|{}]|\{(subject|value)\})+\|([^|{}]|\{subject\})*",
+        "subject | truth | misconception, or relation | statement | questions with {subject}, {value}",
+    ),
+    "tasks.txt": (
+        rf"\[({'|'.join(CATEGORY_SHARES)}|constraint)\]|[><?] .+",
+        "> prompt, < reply, ? demands, or a category in square brackets",
+    ),
+    "heldout.txt": (r"\[[a-z]+\]|[><?] .+", "> prompt, < reply, ? demands, or [kind]"),
+    "benchmarks.txt": (
+        r"\[[a-z]+\] [a-z0-9]+|([><!]|flan>|t0>) .+",
+        "> prompt, < answer, ! wrong choice, flan> or t0> instruction, or [task] metric",
+    ),
+    "pages.txt": (r"\d+(\.\d+)? \| .+", "share | pattern"),
+}
+
+
 def content(name):
-    """The lines of assets/world/NAME, without comments and blank lines."""
+    """The lines of assets/world/NAME, without comments and blank lines. Raises ValueError for a
+    line that has not the form of its file."""
+    form, words, lines = *FORMS.get(name, (".*", "")), []
     with open(os.path.join(WORLD, name), encoding="utf-8") as file:
-        return [line.rstrip("\n") for line in file if line.strip() and not line.startswith("#")]
+        for number, line in enumerate(file, 1):
+            line = line.rstrip("\n")
+            if line.strip() and not line.startswith("#"):
+                if not re.fullmatch(form, line):
+                    raise ValueError(f"assets/world/{name}:{number}: {line!r} is not {words}")
+                lines.append(line)
+    return lines
 
 
 def read_blocks(name):
     """The blocks of tasks.txt, or of a file like it -> list of dicts; tasks.txt and benchmarks.txt say
-    what their lines mean."""
+    what their lines mean. Raises ValueError for a block that lacks a line it needs."""
     kinds = {">": "prompts", "<": "replies", "!": "wrong", "flan>": "flan", "t0>": "t0"}
     blocks = []
     for line in content(name):
@@ -191,11 +219,21 @@ def read_blocks(name):
             category, _, metric = line.removeprefix("[").partition("]")
             blocks.append(dict(category=category, metric=metric.strip(), demands="", constraints=""))
             blocks[-1].update({kind: [] for kind in kinds.values()})
+        elif not blocks:
+            raise ValueError(f"assets/world/{name}: {line!r} stands before the first [category]")
         elif line.startswith("?"):
             blocks[-1]["demands"], _, blocks[-1]["constraints"] = line[2:].partition("!")
         else:
             mark, _, text = line.partition(" ")
             blocks[-1][kinds[mark]].append(text.replace("\\n", "\n"))
+    needed = dict(prompts=">", replies="<", demands="?")
+    if name == "benchmarks.txt":  # a probe has no answer
+        needed = dict(prompts=">")
+    for block in blocks:
+        for part, sign in needed.items():
+            if not block[part]:
+                seen = [block["category"], *block["prompts"], *block["replies"]][:2]
+                raise ValueError(f"assets/world/{name}: the block {seen} has no line with {sign}")
     return blocks
 
 
@@ -206,7 +244,8 @@ def words_of(text):
 
 class World:
     """The content of assets/world, ready to expand. Every text comes from a `random.Random` that the
-    caller passes. Raises ValueError for a pattern or a demand that is not known."""
+    caller passes. Raises ValueError for a malformed line, and for a pattern or a demand that is not
+    known."""
 
     def __init__(self):
         self.classes, self.rules, self.facts, self.pages = {}, {}, [], []
@@ -216,11 +255,14 @@ class World:
         for line in content("rules.txt"):
             name, pattern = line.split(": ", 1)
             self.rules.setdefault(name, []).append(pattern)
+        relation = None
         for line in content("facts.txt"):
             first, second, third = (part.strip() for part in line.split("|"))
             if "{subject}" in second:
                 relation, statement, questions = first, second, third.split(" / ")
                 continue
+            if relation is None:
+                raise ValueError(f"assets/world/facts.txt: {line!r} stands before the first relation")
             self.facts.append(dict(
                 relation=relation, statement=statement, questions=questions,
                 subject=first, truth=second, myth=third,
@@ -399,8 +441,8 @@ class World:
 
     def item(self, block, kind, rng):
         """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), name of the
-        task, metric, and the fact and question it is about. kind: prompts, as the pages have it, or flan
-        or t0, as an instruction."""
+        task, metric, and the fact and question it is about. kind: prompts, as the pages have it, or
+        flan or t0, as an instruction."""
         bound = {}
         prompt = self.expand(rng.choice(block[kind]), bound, rng)
         if kind != "prompts":
@@ -701,10 +743,16 @@ def world_data(world, scale, seed):
 def user_prompts(world, count, split, rng, trained_on):
     """`count` prompts of the users of one split -> tasks, after the paper's filters (sec. 3.2): none of
     two that share a long prefix, at most 200 a user, nothing with a phone number; and, held-out prompts
-    being short here, no text in `trained_on`."""
+    being short here, no text in `trained_on`. Raises SystemExit if the world has not so many."""
     users = count // 6 + 10  # Table 8: 6 prompts a customer
-    tasks, seen, per_user = [], set(), Counter()
+    tasks, seen, per_user, rejected = [], set(), Counter(), 0
     while len(tasks) < count:
+        if rejected == 10_000:  # one after the other
+            raise SystemExit(
+                f"found only {len(tasks)} of {count} different prompts: the world is too small: "
+                "add words and patterns to assets/world, or take a smaller --scale"
+            )
+        rejected += 1
         user = f"{split}-{int(users * rng.random() ** 2)}"  # a few customers send many prompts
         task = world.task(rng, user)
         if rng.random() < 0.01:
@@ -719,10 +767,10 @@ def user_prompts(world, count, split, rng, trained_on):
             or (user, task["prompt"]) in seen
             or per_user[user] >= 200
             or has_personal_data(task["prompt"])
+            or task["prompt"] in trained_on
         ):
             continue
-        if task["prompt"] in trained_on:
-            continue
+        rejected = 0
         seen |= {prefix, (user, task["prompt"])}
         per_user[user] += 1
         tasks.append(task)
@@ -783,15 +831,12 @@ def load(folder, scale, seed):
     split = dict(
         pretrain_valid=documents[:n_valid], pretrain=documents[n_valid:] or documents, primer=[]
     )
-    split["demonstrations"], split["demonstrations_valid"] = split_by_user(
-        rows["demonstrations"], (0.9, 0.1), seed
-    )
-    split["comparisons"], split["comparisons_valid"] = split_by_user(
-        rows["comparisons"], (0.9, 0.1), seed
-    )
-    split["prompts"], split["valid"], split["test"] = split_by_user(
-        rows["prompts"], (0.8, 0.1, 0.1), seed
-    )
+    for name, shares, *parts in (
+        ("demonstrations", (0.9, 0.1), "demonstrations", "demonstrations_valid"),
+        ("comparisons", (0.9, 0.1), "comparisons", "comparisons_valid"),
+        ("prompts", (0.8, 0.1, 0.1), "prompts", "valid", "test"),
+    ):
+        split.update(zip(parts, split_by_user(rows[name], shares, seed, name)))
     return split
 
 
@@ -1073,20 +1118,30 @@ def read_folder(folder):
     )
 
 
-def split_by_user(rows, shares, seed):
+def split_by_user(rows, shares, seed, name="rows"):
     """-> as many lists of rows as there are shares, e.g. (0.9, 0.1). All rows of one user go to the
-    list that then lacks most; a row without "user" is on its own. Rows keep their order."""
-    units = defaultdict(list)  # user -> indices of rows
-    for i, row in enumerate(rows):
-        units[("row", i) if row.get("user") is None else ("user", row["user"])].append(i)
-    order = list(units.values())
-    random.Random(seed).shuffle(order)
-    lacking, parts = [share * len(rows) for share in shares], [[] for _ in shares]
-    for unit in order:
-        part = lacking.index(max(lacking))
-        parts[part] += unit
-        lacking[part] -= len(unit)
-    return tuple([rows[i] for i in sorted(part)] for part in parts)
+    list that then lacks most; a row without "user" is on its own. Rows keep their order. If that
+    leaves a list empty, rows are split without regard to users; if one still is, the first list
+    stands in for it; either is printed."""
+    for whole_users in (True, False):
+        units = defaultdict(list)  # user -> indices of rows
+        for i, row in enumerate(rows):
+            user = row.get("user") if whole_users else None
+            units[("row", i) if user is None else ("user", user)].append(i)
+        order = list(units.values())
+        random.Random(seed).shuffle(order)
+        lacking, parts = [share * len(rows) for share in shares], [[] for _ in shares]
+        for unit in order:
+            part = lacking.index(max(lacking))
+            parts[part] += unit
+            lacking[part] -= len(unit)
+        if all(parts):
+            break
+    if not all(parts):
+        print(f"only {len(rows)} {name}: those for training are used for validation and tests, too")
+    elif not whole_users:
+        print(f"too few users to split {len(rows)} {name} by user: split by row")
+    return tuple([rows[i] for i in sorted(part or parts[0])] for part in parts)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1241,13 +1296,20 @@ def compare_reviews(reviews):
         yield comparison("Review:", [r["response"] for r in group], [r["rating"] for r in group])
 
 
+def import_text(row):
+    """A document, or an object whose text is one."""
+    row = {"text": row} if isinstance(row, str) else row
+    check_row(row, "text")
+    yield "pretrain.txt", row["text"].strip("\n")
+
+
 FORMATS = {
     "hh-rlhf": import_pairs, "pairs": import_pairs,
     "pandalm": import_pandalm,
     "oasst": import_oasst,
     "alpaca": import_instructions, "dolly": import_instructions, "self-instruct": import_instructions,
     "imdb": import_review, "sentence-polarity": import_review,
-    "text": lambda text: [("pretrain.txt", text)],
+    "text": import_text,
 }
 PUT_TOGETHER = {import_pandalm: group_pairs, import_review: compare_reviews}
 IMPORT_USAGE = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"

@@ -8,7 +8,7 @@ Did it work? Win rates, the last table of `python ppo.py`, and the paper's findi
     python eval.py compare "TEXT"    every model in --out on one prompt: response, score, kl, length
 
 Every measurement is made of three things: `respond` (sample), `scores` (reward model) and
-`choice_logprobs` (log-probability of a choice); in the world also of `data.World.gold` and `data.label`.
+`choice_logprobs` (log-probability of a choice); in the world of `data.World.gold` and `data.label` too.
 A response is a pair (text, ids) everywhere; ids end with eot if the response ended by itself.
 
 The file in order: measures; the last table; the report; chat and compare.
@@ -1072,6 +1072,7 @@ def second_round(chain):
     model.check_values(config)
     policies = dict(sft=chain.policy("PPO-ptx"), base=chain.policy("GPT"))
     tasks = chain.datasets["comparison_prompts"][: 2 * chain.config.groups]
+    reward.check_collected(config, policies, ROUND_2)
     reward.collect(
         os.path.join(out, "comparisons.jsonl"), tasks, policies, chain.tokenizer, chain.world,
         chain.labelers, config, chain.device, ROUND_2,

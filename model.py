@@ -20,7 +20,6 @@ import difflib
 import json
 import math
 import os
-import resource
 import signal
 import struct
 import sys
@@ -30,6 +29,11 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 # Adam's moments of words that never occur shrink towards 0; on a CPU arithmetic on denormal numbers is
 # up to 100 times slower, and after some 1,700 steps most of a step was that
@@ -746,10 +750,11 @@ def check_finite(loss, step, path):
 
 
 def peak_memory_gb():
-    """Peak memory in GB: of the GPU if there is one, else of this process."""
+    """Peak memory in GB: of the GPU if there is one, else of this process; 0 on Windows."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9 if resource else 0.0
 
 
 def run(main, Config, scales):

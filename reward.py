@@ -25,6 +25,7 @@ import math
 import os
 import random
 import time
+import zlib
 from dataclasses import asdict, dataclass
 
 import torch
@@ -283,6 +284,35 @@ def collect(path, tasks, policies, tokenizer, world, labelers, config, device, m
     return rows
 
 
+def check_collected(config, policies, mixture):
+    """Write beside the comparisons what they are collected with, out/comparisons.json.
+
+    Raises SystemExit if comparisons are there that were collected with something else; some without
+    such a file, made before there was one, are taken as they are.
+    """
+    names = ("k_min", "k_max", "max_new_tokens", "seed", "scale")
+    now = {f"--{name}": getattr(config, name) for name in names} | dict(mixture=mixture)
+    for name, policy in policies.items():
+        checksum = 0
+        for weight in policy.state_dict().values():
+            checksum = zlib.crc32(weight.cpu().numpy().tobytes(), checksum)
+        now[f"weights of {name}"] = checksum
+    path = os.path.join(config.out, "comparisons.json")
+    files = [os.path.join(config.out, f"comparisons{part}.jsonl") for part in ("", "_valid")]
+    collected = [file for file in files if os.path.exists(file)]
+    if collected and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            there = json.load(file)
+        differ = [f"{k}: {there.get(k)} there, {now[k]} now" for k in now if there.get(k) != now[k]]
+        check(
+            not differ,
+            f"{' and '.join(collected)}: collected with other settings ({'; '.join(differ)}): "
+            "delete them or choose another --out",
+        )
+    elif not collected:
+        rewrite_jsonl(path, [now])
+
+
 def written(world, source, task, tasks, rng):
     """A response that no model wrote -> text."""
     if source == "labeler":
@@ -333,6 +363,7 @@ def main(config):
         world = data.World()
         labelers, heldout = data.make_labelers(world, config.seed)
         policies = dict(sft=sft, base=base)
+        check_collected(config, policies, COLLECTED)
         started = time.monotonic()
         file = os.path.join(config.out, "comparisons.jsonl")
         rows = collect(

@@ -3,6 +3,7 @@ data.py without its files and importers."""
 
 import itertools
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -69,6 +70,30 @@ def test_every_kind_of_demand(world, demand, reply, met):
 def test_an_unknown_demand_names_the_file(world):
     with pytest.raises(ValueError, match="tasks.txt"):
         world.meets("sing a song", "la", ["la"], task([]))
+
+
+@pytest.mark.parametrize("name, change, says", [
+    ("words.txt", ("color: red", "color red"), "words.txt:4: 'color red"),
+    ("rules.txt", ("story: {opening}", "story {opening}"), "is not rule: pattern"),
+    ("facts.txt", ("cow | grass |", "cow | grass"), "is not subject | truth | misconception"),
+    ("facts.txt", ("{value}.", "{food}."), "is not subject | truth | misconception"),
+    ("facts.txt", ("eats | a", "# eats | a"), "stands before the first relation"),
+    ("tasks.txt", ("? slots", "# ? slots"), "['generation', '[write|tell] a story about a {color} {animal}"),
+    ("tasks.txt", ("< {story}", "{story}"), "tasks.txt:19: '{story}' is not > prompt, < reply"),
+    ("tasks.txt", ("[generation]", "[genration]"), "is not > prompt, < reply"),
+    ("tasks.txt", ("[generation]", ""), "stands before the first [category]"),
+    ("pages.txt", ("8 | about", "eight | about"), "pages.txt:2: 'eight | about"),
+])
+def test_a_malformed_line_of_the_world_is_named(tmp_path, monkeypatch, name, change, says):
+    shutil.copytree(data.WORLD, tmp_path / "world")
+    text = (tmp_path / "world" / name).read_text()
+    assert change[0] in text
+    (tmp_path / "world" / name).write_text(text.replace(*change, 1))
+    monkeypatch.setattr(data, "WORLD", str(tmp_path / "world"))
+    with pytest.raises(ValueError) as stop:
+        data.World()
+    assert str(stop.value).startswith(f"assets/world/{name}") and "\n" not in str(stop.value)
+    assert says in str(stop.value)
 
 
 def test_truth_is_read_off_the_claims(world):
@@ -140,6 +165,13 @@ def test_prompts_are_filtered(world):
     assert len({(t["user"], t["prompt"]) for t in tasks}) == 3000
     long = [" ".join(t["prompt"].split()[:20]) for t in tasks if len(t["prompt"].split()) > 20]
     assert len(long) == len(set(long))  # no two share a long prefix
+
+
+def test_a_world_too_small_for_so_many_prompts_ends_in_one_line(world, monkeypatch):
+    [*tasks] = [world.task(random.Random(seed)) for seed in range(3)]
+    monkeypatch.setattr(world, "task", lambda rng, user: dict(rng.choice(tasks)))
+    with pytest.raises(SystemExit, match="the world is too small"):
+        data.user_prompts(world, 300, "train", random.Random(0), set())
 
 
 def test_personal_data_is_a_phone_number():

@@ -204,6 +204,18 @@ def test_split_keeps_users_whole():
     assert split_by_user(rows, (0.8, 0.1, 0.1), seed=2) != parts
 
 
+@pytest.mark.parametrize("rows, says", [
+    ([CHOICE | {"user": "u"}] * 20, "too few users to split 20 demonstrations by user: split by row"),
+    ([CHOICE], "only 1 demonstrations: those for training are used for validation and tests, too"),
+])
+def test_no_part_of_a_small_folder_is_empty(tmp_path, capsys, rows, says):
+    write(tmp_path / "comparisons.jsonl", rows)
+    write(tmp_path / "prompts.jsonl", rows)
+    split = data.load(str(tmp_path), "tiny", 1)
+    assert all(split[name] for name in split if name != "primer")
+    assert says in capsys.readouterr().out.splitlines()
+
+
 def test_hh_dialogues_part_at_a_turn(tmp_path):
     start = "\n\nHuman: hi\n\nAssistant:"
     same = start + " Sure, yes.\n\nHuman: go on\n\nAssistant:"
@@ -268,6 +280,11 @@ def test_instruction_formats_write_the_same_prompt(tmp_path, format, row):
     assert made["demonstrations.jsonl"] == [{"prompt": "add\n1 2", "response": "3", **category}]
     assert made["prompts.jsonl"] == [{"prompt": "add\n1 2", **category}]
     assert made["pretrain.txt"] == ["add\n1 2\n3"] and unused == ["2"]
+
+
+def test_text_may_stand_in_jsonl(tmp_path):
+    made, unused = imported(tmp_path, "text", [{"text": "one\n"}, {"title": "none"}, "7", {"text": "two"}])
+    assert made["pretrain.txt"] == ["one", "two"] and unused == ["2", "3"]
 
 
 def test_best_response_does_not_always_come_first(tmp_path):

@@ -5,8 +5,10 @@ import math
 import os
 import signal
 import struct
+import subprocess
 import sys
 import time
+import types
 from dataclasses import asdict, dataclass
 
 import pytest
@@ -947,3 +949,19 @@ def test_random_draws_are_a_function_of_seed_and_step():
     )
     assert torch.equal(draw(1, 5), draw(1, 5))
     assert len({tuple(draw(seed, step).tolist()) for seed in (1, 2) for step in (5, 6)}) == 4
+
+
+def test_memory_is_counted_in_bytes_on_macos_and_in_kb_on_linux(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    usage = types.SimpleNamespace(ru_maxrss=2_000_000)
+    monkeypatch.setattr(model.resource, "getrusage", lambda who: usage)
+    for platform, gigabytes in (("linux", 2.048), ("darwin", 0.002)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert model.peak_memory_gb() == pytest.approx(gigabytes)
+
+
+def test_without_the_module_resource_as_on_windows_memory_is_zero():
+    code = "import sys; sys.modules['resource'] = None; import model; print(model.peak_memory_gb())"
+    folder = os.path.dirname(model.__file__)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "0.0\n", done.stderr

@@ -266,6 +266,40 @@ def test_sampled_ids_are_not_encoded_again(chain):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# what comparisons were collected with
+
+
+def collected(tmp_path, seed=0, mixture={"sft": 0.4}, **flags):
+    policies = dict(sft=tiny_gpt(seed), base=tiny_gpt(1))
+    reward.check_collected(reward.Config(out=str(tmp_path), **flags), policies, mixture)
+
+
+@pytest.mark.parametrize("other, named", [
+    (dict(k_min=3), "--k_min: 4 there, 3 now"), (dict(seed=2), "weights of sft"),
+    (dict(mixture={"sft": 0.5}), "mixture"),
+])
+def test_comparisons_of_other_flags_weights_or_mixture_are_refused(tmp_path, other, named):
+    collected(tmp_path)
+    (tmp_path / "comparisons.jsonl").write_text("")
+    collected(tmp_path, lr=0.1)  # has no part in collecting
+    with pytest.raises(SystemExit, match=named):
+        collected(tmp_path, **other)
+
+
+def test_comparisons_are_collected_anew_after_they_are_deleted(tmp_path):
+    collected(tmp_path)
+    collected(tmp_path, k_min=3)
+    (tmp_path / "comparisons.jsonl").write_text("")
+    collected(tmp_path, k_min=3)
+
+
+def test_comparisons_without_a_note_of_their_flags_are_taken_as_they_are(tmp_path):
+    (tmp_path / "comparisons_valid.jsonl").write_text("")
+    collected(tmp_path)
+    assert not (tmp_path / "comparisons.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # the whole stage, on untrained checkpoints
 
 

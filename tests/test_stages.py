@@ -119,7 +119,7 @@ def stop_and_go_on(stage, out, marker, how, *flags):
     ("sft", "base.pt", ("base", "sft", "ppo_init")),
     ("sft", "sft.pt", ("base", "sft", "ppo_init")),
     ("reward", "comparisons.jsonl", ("reward",)),
-    ("reward", "reward.pt", ("reward",)),
+    ("reward", "reward.jsonl", ("reward",)),
     ("ppo", "ppo.pt", ("ppo",)),
 ])
 def test_killed_and_started_again_gives_the_same_bits(chain, tmp_path, stage, marker, makes):
@@ -215,6 +215,16 @@ def test_other_flags_are_named_and_the_finished_model_stays(chain):
     message = fails("ppo", f"--out={chain[0]}", "--beta=0.3")
     assert "--beta=0.04 there, 0.3 now" in message and "--out" in message
     assert open(f"{chain[0]}/ppo.pt", "rb").read() == before
+
+
+@pytest.mark.parametrize("flag", ["--k_min=3", "--max_new_tokens=20", "--sft={out}/ppo_init.pt"])
+def test_comparisons_collected_otherwise_are_not_used(chain, tmp_path, flag):
+    """Without reward.pt nothing but comparisons.json holds the flags that they were collected with."""
+    for name in ("base.pt", "sft.pt", "comparisons.json", "comparisons.jsonl", "comparisons_valid.jsonl"):
+        shutil.copy(f"{chain[0]}/{name}", tmp_path)
+    message = fails("reward", f"--out={tmp_path}", flag.format(out=chain[0]))
+    assert f"{tmp_path}/comparisons.jsonl" in message and "delete them or choose another --out" in message
+    assert not os.path.exists(tmp_path / "reward.pt")
 
 
 def test_models_of_two_encodings(chain, tmp_path):
