@@ -258,26 +258,7 @@ def last_table(config, device):
         responses = answers[name, temperature]
         row = dict(model=name, T=temperature)
         if world:
-            parts = [world.gold(task, text) for task, (text, _) in zip(tasks, responses)]
-            mean = lambda key: statistics.mean(p[key] for p in parts if p[key] is not None)
-            claims = [p["false"] for p in parts if p["claims"]]
-            golds = [p["gold"] for p in parts]
-            baseline = [
-                world.gold(task, text)["gold"]
-                for task, (text, _) in zip(tasks, answers["SFT", temperature])
-            ]
-            outcomes = compare(golds, baseline)
-            decided = [o for o in outcomes if o != 0.5]
-            row.update(
-                gold=mean("gold"), follows=mean("follows"), constraint=mean("constraint"),
-                claims=mean("claims"), false=statistics.mean(claims) if claims else 0.0,
-                rude=mean("rude"), fluent=mean("fluent"), padded=mean("padded"),
-            )
-            row["win"], row["±"] = win_rate(outcomes)
-            row["win_untied"] = statistics.mean(decided) if decided else 0.5
-            row["win_heldout"] = win_rate(
-                compare_by_labelers(world, heldout, tasks, responses, answers["SFT", temperature])
-            )[0]
+            row.update(world_columns(world, heldout, tasks, responses, answers["SFT", temperature]))
         row["score"] = statistics.mean(scores(reward_model, tokenizer, prompts, responses, device))
         if name in ("SFT", "PPO init", last) and temperature == 1:
             row["kl"] = mean_kl(policies[name], ref, tokenizer, prompts, responses, device)
@@ -300,13 +281,35 @@ def last_table(config, device):
             print(f"    {name:18s} {sample[name]!r}")
     if config.scale == "tiny":
         print("\nscale tiny: a test of the plumbing, the numbers above mean nothing")
-    with open(os.path.join(config.out, "table.json"), "w") as file:
-        contents = dict(
-            table=table, prompts=len(prompts), sft_epoch=epoch, agreement=agree if world else None,
-            reviews=reviews, samples=samples,
-        )
-        json.dump(contents, file, indent=1)
+    contents = dict(
+        table=table, prompts=len(prompts), sft_epoch=epoch, agreement=agree if world else None,
+        reviews=reviews, samples=samples,
+    )
+    write_text(os.path.join(config.out, "table.json"), json.dumps(contents, indent=1))
     return table
+
+
+def world_columns(world, labelers, tasks, responses, baseline):
+    """What the world knows of a model's responses to tasks, and how often they beat the baseline's, by
+    gold and by labelers -> dict of means over prompts."""
+    parts, other = (
+        [world.gold(task, text) for task, (text, _) in zip(tasks, given)]
+        for given in (responses, baseline)
+    )
+    mean = lambda key: statistics.mean(p[key] for p in parts if p[key] is not None)
+    claims = [p["false"] for p in parts if p["claims"]]
+    outcomes = compare([p["gold"] for p in parts], [p["gold"] for p in other])
+    decided = [o for o in outcomes if o != 0.5]
+    row = dict(
+        gold=mean("gold"), follows=mean("follows"), constraint=mean("constraint"),
+        claims=mean("claims"), false=statistics.mean(claims) if claims else 0.0,
+        rude=mean("rude"), fluent=mean("fluent"), padded=mean("padded"),
+    )
+    row["win"], row["±"] = win_rate(outcomes)
+    row["win_untied"] = statistics.mean(decided) if decided else 0.5
+    by_labelers = compare_by_labelers(world, labelers, tasks, responses, baseline)
+    row["win_heldout"] = win_rate(by_labelers)[0]
+    return row
 
 
 def review_table(config, base, reward_model, tokenizer, answers, prompts, device):
@@ -364,6 +367,13 @@ def train_judge(base, tokenizer, rows, responses, seed, device, epochs=3, batch=
         torch.nn.functional.binary_cross_entropy_with_logits(logits, targets).backward()
         model.optimizer_step(optimizer, judge, lr * model.cosine(step, len(batches)), 1.0)
     return judge.eval()
+
+
+def write_text(path, text):
+    """Write to a temporary name, then rename."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
 
 
 def print_table(table):
@@ -1250,13 +1260,6 @@ def read_report(config):
         f"{path} was made with other flags ({kept['settings']}): choose another --out, or delete it",
     )
     return kept
-
-
-def write_text(path, text):
-    """Write to a temporary name, then rename."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
 
 
 def number_text(values):
