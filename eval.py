@@ -877,7 +877,7 @@ def alignment_tax(chain):
     main = {row["run"]: row["all tasks"] for row in rows if row["shots"] == "2"}
     episodes = chain.config.sweep_episodes
     sweep = [(f"ptx={x}", dict(ptx_coef=x)) for x in (0.0, 0.1, 0.5, 2.0)]
-    sweep += [(f"beta={x}", dict(beta=x)) for x in (0.0, 0.01, 0.2, 1.0)]
+    sweep += [(f"beta={x}", dict(beta=x)) for x in (0.0, 0.04, 1.0)]
     instead = dict(ref=chain.path("base"), ptx_coef=0.0)
     sweep += [(f"ref=base,beta={x}", dict(beta=x, **instead)) for x in (0.04, 0.2, 1.0)]
     documents = data.encode_documents(chain.tokenizer, chain.datasets["pretrain_valid"], 128)
@@ -1038,14 +1038,14 @@ def overoptimisation(chain):
     weak, _ = model.load_reward(weak_path, "", chain.device)
     proxies = {"reward model": chain.reward_model, "weak": weak}
     runs = [("plain", "reward model", dict())]
-    runs += [(f"over,beta={x}", "reward model", dict(beta=x)) for x in (0.0, 0.2)]
-    runs += [(f"weak,beta={x}", "weak", dict(beta=x, reward=weak_path)) for x in (0.0, 0.04)]
+    runs += [(f"over,beta={x}", "reward model", dict(beta=x)) for x in (0.0, 0.04)]
+    runs += [(f"weak,beta={x}", "weak", dict(beta=x, reward=weak_path)) for x in (0.0, 0.2)]
     rows, gains = [], {}
     for name, proxy, flags in runs:
         chain.ppo(name, ptx_coef=0.0, **flags)
         log = data.read_jsonl(os.path.join(chain.out, name, "ppo.jsonl"))
         parts = [log[i : i + -(-len(log) // 12)] for i in range(0, len(log), -(-len(log) // 12))]
-        beta = flags.get("beta", 0.04)
+        beta = flags.get("beta", 0.2)  # the default
         for part in parts:
             mean = lambda key: statistics.mean(row[key] for row in part)
             rows.append({
@@ -1295,7 +1295,8 @@ def as_markdown(kept):
         minutes = statistics.mean(cell["seconds"] for cell in cells) / 60
         tables.append(
             f"\n## {number}. {title}\n\n{' '.join(measure.__doc__.split()[1:])} Paper: {paper}. "
-            f"Seeds {', '.join(map(str, by_finding[number]))}; {minutes:.1f} minutes a seed.\n"
+            f"Seeds {', '.join(map(str, by_finding[number]))}; {minutes:.1f} minutes a seed, not counting "
+            "what was trained before.\n"
         )
         tables += table_lines(cells)
     return "\n".join(lines + tables) + "\n"
@@ -1344,16 +1345,17 @@ def draw(kept, out):
         save_figure(figure, out, "figure-1.png")
     if cells := rows_of(8):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
-        few_shot = {row["run"]: row["all tasks"] for row in cells[0] if row["shots"] == "2"}
-        for axis, prefix, label in ((axes[0], "ptx=", "ptx coefficient"), (axes[1], "beta=", "beta")):
-            rows = [row for row in cells[0] if row["run"].startswith(prefix)]
-            if prefix == "beta=":
-                rows = sorted(rows + [r for r in cells[0] if r["run"] == "ptx=0.5"],
-                              key=lambda r: 0.04 if r["run"] == "ptx=0.5" else float(r["run"][5:]))
-            labels = [r["run"].removeprefix(prefix).replace("ptx=0.5", "0.04") for r in rows]
-            axis.plot(labels, [r["all tasks"] for r in rows], "o-", label="NLP tasks, two shots")
-            axis.axhline(few_shot["GPT"], color="C0", linestyle=":", label="NLP tasks, GPT")
-            axis.plot(labels, [r["gold"][0] / 5 for r in rows], "s-", label="gold score / 5")
+        by_run = {row["run"]: row for row in cells[0] if row["shots"] == "2"}
+        points = {  # the run with the default flags is a point of both sweeps
+            "ptx coefficient": {x: f"ptx={x}" for x in ("0.0", "0.1", "0.5", "2.0")},
+            "beta": {"0": "beta=0.0", "0.04": "beta=0.04", "0.2": "ptx=0.1", "1": "beta=1.0"},
+        }
+        for axis, (label, runs) in zip(axes, points.items()):
+            rows = [by_run[run] for run in runs.values()]
+            tasks = [row["all tasks"] for row in rows]
+            axis.plot(list(runs), tasks, "o-", label="NLP tasks, two shots")
+            axis.axhline(by_run["GPT"]["all tasks"], color="C0", linestyle=":", label="the same, GPT")
+            axis.plot(list(runs), [row["gold"][0] / 5 for row in rows], "s-", label="gold score / 5")
             axis.set_xlabel(label)
         axes[0].legend(fontsize=7)
         save_figure(figure, out, "figure-8.png")
