@@ -1295,7 +1295,7 @@ def as_markdown(kept):
         minutes = statistics.mean(cell["seconds"] for cell in cells) / 60
         tables.append(
             f"\n## {number}. {title}\n\n{' '.join(measure.__doc__.split()[1:])} Paper: {paper}. "
-            f"Seeds {', '.join(map(str, by_finding[number]))}; {minutes:.1f} minutes a seed, not counting "
+            f"Seeds {', '.join(map(str, by_finding[number]))}; {minutes:.1f} minutes a seed, without "
             "what was trained before.\n"
         )
         tables += table_lines(cells)
