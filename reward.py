@@ -351,6 +351,8 @@ def main(config):
         device,
     )
     tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
+    if tokenizer.name != config.encoding:
+        print(f"--encoding={config.encoding} is not used: the supervised model has {tokenizer.name}")
 
     # 1. the model starts from the supervised one, its unembedding replaced by a scalar head
     torch.manual_seed(config.seed)
@@ -384,6 +386,11 @@ def main(config):
         labelers, heldout = data.make_labelers(world, config.seed)
         policies = dict(sft=sft, base=base)
         check_collected(config, policies, COLLECTED)
+        limit = min(p.config.block_size for p in policies.values()) - config.max_new_tokens
+        for name in ("comparison_prompts", "valid"):  # those that leave no room for a response go
+            datasets[name] = data.fitting(
+                datasets[name], lambda task: len(tokenizer.encode(task["prompt"])), limit, "prompts"
+            )
         started = time.monotonic()
         file = os.path.join(config.out, "comparisons.jsonl")
         rows = collect(

@@ -206,12 +206,16 @@ def main(config):
         base, tokenizer = pretrain(paths["base"], datasets, config)
     parameters = sum(p.numel() for p in base.parameters())
     print(f"base: {parameters:,} parameters, vocabulary {tokenizer.n_vocab}")
+    if tokenizer.name != config.encoding:
+        print(f"--encoding={config.encoding} is not used: {config.base} has the encoding {tokenizer.name}")
 
-    documents = data.encode_documents(tokenizer, datasets["pretrain"], config.base_length)
-    documents_valid = data.encode_documents(tokenizer, datasets["pretrain_valid"], config.base_length)
+    block_size = base.config.block_size  # of a given base: not --block_size
+    length = min(config.base_length, block_size)
+    documents = data.encode_documents(tokenizer, datasets["pretrain"], length)
+    documents_valid = data.encode_documents(tokenizer, datasets["pretrain_valid"], length)
     valid_batches = data.document_batches(data.valid_documents(documents_valid))
-    pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], config.block_size)
-    pairs_valid = data.encode_pairs(tokenizer, datasets["demonstrations_valid"], config.block_size)
+    pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], block_size)
+    pairs_valid = data.encode_pairs(tokenizer, datasets["demonstrations_valid"], block_size)
 
     # 2. the baseline, and 3. the start of PPO: two models, two recipes (App. C.1 and C.3)
     for name in ("sft", "ppo_init"):
@@ -266,7 +270,7 @@ def pretrain(path, datasets, config):
         rotary=True, match_head=True, init_std=0.06,
     ))
     documents, primer, valid = (
-        data.encode_documents(tokenizer, datasets[name], config.base_length)
+        data.encode_documents(tokenizer, datasets[name], min(config.base_length, config.block_size))
         for name in ("pretrain", "primer", "pretrain_valid")
     )
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0
