@@ -231,7 +231,8 @@ def main(config):
             order = np.random.default_rng([config.seed, 100 + epoch]).permutation(len(pairs))
             chosen = order[number * config.sft_batch : (number + 1) * config.sft_batch]
             batch = [pairs[i] for i in chosen]
-            if not is_baseline:  # pretraining documents too, as pairs whose prompt is their first token
+            # pretraining documents too, as pairs whose prompt is their first token
+            if not is_baseline and config.pretrain_share:
                 rows = max(1, round(len(batch) * config.pretrain_share / (1 - config.pretrain_share)))
                 batch += [(document[:1], document[1:]) for document in data.draw(documents, rows, rng)]
             return demonstration_batch(batch, config.train_on_prompts)

@@ -32,3 +32,16 @@ def test_rows_are_cut_to_the_context_of_a_given_base(chain, tmp_path, capsys):
 def test_the_encoding_of_a_given_base_is_named_if_it_differs(chain, tmp_path, capsys, encoding, said):
     sft.main(config_of(chain, tmp_path, encoding=encoding))
     assert ("--encoding=gpt2 is not used" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("share, rows", [(0.0, 8), (0.01, 9), (0.2, 10)])
+def test_pretrain_share_of_the_rows_of_a_batch_are_documents(chain, tmp_path, monkeypatch, share, rows):
+    """8 demonstrations: share / (1 - share) of them on top, at least one, but none for share 0."""
+    batches = {}
+
+    def train(gpt, path, settings, tokenizer, steps, batch_at, *_, **__):
+        batches[path.rsplit("/")[-1]] = batch_at(1, np.random.default_rng(0))
+
+    monkeypatch.setattr(sft, "train", train)
+    sft.main(config_of(chain, tmp_path, pretrain_share=share, sft_batch=8))
+    assert len(batches["sft.pt"][0]) == 8 and len(batches["ppo_init.pt"][0]) == rows
