@@ -1009,13 +1009,33 @@ def read_rows(path):
 def read_jsonl(path, *keys):
     """-> list of rows (dicts), each with these keys (see check_row). Raises SystemExit at the first
     that has not, with file and line."""
-    rows = read_rows(path)
+    rows = drop_empty(path, read_rows(path)) if "responses" in keys else read_rows(path)
     for place, row in rows:
         try:
             check_row(row, *keys)
         except ValueError as why:
             raise SystemExit(f"{path}:{place}: {why}")
     return [row for _, row in rows]
+
+
+def drop_empty(path, rows):
+    """Rows of out/comparisons.jsonl (they hold sampled "tokens") without the responses in which no text
+    was sampled, and without groups that are left with one -> rows; prints how many. In a row that people
+    wrote an empty response is a mistake, and refused."""
+    kept, empty = [], 0
+    for place, row in rows:
+        lists = [row.get(key) for key in ("tokens", "responses", "ranks")] if type(row) is dict else [0]
+        if all(isinstance(value, list) for value in lists):
+            blank = [i for i, text in enumerate(row["responses"]) if not str(text).strip()]
+            for i in reversed(blank):
+                row["responses"][i : i + 1] = row["ranks"][i : i + 1] = []
+            empty += len(blank)
+            if blank and len(row["responses"]) < 2:
+                continue
+        kept.append((place, row))
+    if empty:
+        print(f"{path}: dropped {empty} empty responses, {len(rows) - len(kept)} groups had no pair left")
+    return kept
 
 
 def read_dataset(folder, name):
