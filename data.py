@@ -251,7 +251,7 @@ class World:
             for part, sign in (("prompts", ">"), ("replies", "<"), ("demands", "?")):
                 if not block[part]:
                     seen = [block["category"], *block["prompts"], *block["replies"]][:2]
-                    raise ValueError(f"assets/world/tasks.txt: the block {seen} has no line with {sign}")
+                    raise ValueError(f"assets/world/tasks.txt: block {seen} has no line with {sign}")
         self.suffixes = [block for block in self.blocks if block["category"] == "constraint"]
         self.by_category = {c: [b for b in self.blocks if b["category"] == c] for c in CATEGORY_SHARES}
         for line in content("pages.txt"):
@@ -716,7 +716,7 @@ def user_prompts(world, count, split, rng, trained_on):
     while len(tasks) < count:
         if rejected == 10_000:  # one after the other
             raise SystemExit(
-                f"found no more than {len(tasks)} of {count} different prompts: the world is too small: "
+                f"found only {len(tasks)} of {count} different prompts: the world is too small: "
                 "add words and patterns to assets/world, or take a smaller --scale"
             )
         rejected += 1
@@ -1020,12 +1020,12 @@ def read_jsonl(path, *keys):
 
 def drop_empty(path, rows):
     """Rows of out/comparisons.jsonl (they hold sampled "tokens") without the responses in which no text
-    was sampled, and without groups that are left with one -> rows; prints how many. In a row that people
-    wrote an empty response is a mistake, and refused."""
+    was sampled, and without groups that are left with one -> rows; prints how many. In a row that
+    people wrote an empty response is a mistake, and refused."""
     kept, empty = [], 0
     for place, row in rows:
-        lists = [row.get(key) for key in ("tokens", "responses", "ranks")] if type(row) is dict else [0]
-        if all(isinstance(value, list) for value in lists):
+        keys = ("tokens", "responses", "ranks")
+        if isinstance(row, dict) and all(isinstance(row.get(key), list) for key in keys):
             blank = [i for i, text in enumerate(row["responses"]) if not str(text).strip()]
             for i in reversed(blank):
                 row["responses"][i : i + 1] = row["ranks"][i : i + 1] = []
@@ -1034,7 +1034,8 @@ def drop_empty(path, rows):
                 continue
         kept.append((place, row))
     if empty:
-        print(f"{path}: dropped {empty} empty responses, {len(rows) - len(kept)} groups had no pair left")
+        groups = len(rows) - len(kept)
+        print(f"{path}: dropped {empty} empty responses, {groups} groups had no pair left")
     return kept
 
 

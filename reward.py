@@ -437,7 +437,8 @@ def main(config):
             if step % config.log_every == 0 or step == steps:
                 seconds = time.monotonic() - started
                 numbers = dict(step=step, loss=loss, **evaluate(reward_model, groups_valid, device))
-                log.write(dict(**numbers, seconds=seconds, responses_s=seen / seconds))
+                numbers.update(seconds=seconds, responses_s=seen / seconds)
+                log.write(dict(**numbers, memory_gb=model.peak_memory_gb()))
             saver.save_if_due(step, lambda: state(step))
 
     # 5. the bias that makes demonstrations score 0 on average (sec. 3.5): eq. 1 leaves it free,

@@ -164,7 +164,8 @@ def train(
             if step % config.log_every == 0 or step == steps or step in keep:
                 seconds = time.monotonic() - started
                 numbers = dict(step=step, loss=loss.item(), **evaluate())
-                log.write(dict(**numbers, seconds=seconds, tokens_s=seen / seconds))
+                numbers.update(seconds=seconds, tokens_s=seen / seconds)
+                log.write(dict(**numbers, memory_gb=model.peak_memory_gb()))
             if step in keep:
                 kept[keep[step]] = {
                     name: w.detach().cpu().clone() for name, w in gpt.state_dict().items()
@@ -207,7 +208,7 @@ def main(config):
     parameters = sum(p.numel() for p in base.parameters())
     print(f"base: {parameters:,} parameters, vocabulary {tokenizer.n_vocab}")
     if tokenizer.name != config.encoding:
-        print(f"--encoding={config.encoding} is not used: {config.base} has the encoding {tokenizer.name}")
+        print(f"--encoding={config.encoding} is not used: {config.base} has {tokenizer.name}")
 
     block_size = base.config.block_size  # of a given base: not --block_size
     length = min(config.base_length, block_size)

@@ -325,6 +325,11 @@ def test_demonstrations_score_zero_on_average_after_the_shift(chain, trained):
     assert max(map(abs, scores)) > 0.01
 
 
+def test_every_logged_step_has_the_memory(trained):
+    rows = [json.loads(line) for line in (trained[0] / "reward.jsonl").read_text().splitlines()]
+    assert len(rows) > 1 and all(row["memory_gb"] > 0 for row in rows[1:])  # the first row is step 0
+
+
 def test_the_shift_changes_no_comparison(chain, trained):
     """J25: accuracy and loss of the finished model are those of the last step before the shift."""
     out, network, tokenizer = trained

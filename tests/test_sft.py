@@ -45,3 +45,9 @@ def test_pretrain_share_of_the_rows_of_a_batch_are_documents(chain, tmp_path, mo
     monkeypatch.setattr(sft, "train", train)
     sft.main(config_of(chain, tmp_path, pretrain_share=share, sft_batch=8))
     assert len(batches["sft.pt"][0]) == 8 and len(batches["ppo_init.pt"][0]) == rows
+
+
+def test_every_logged_step_has_the_memory(chain, tmp_path):
+    sft.main(config_of(chain, tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "ppo_init.jsonl").read_text().splitlines()]
+    assert len(rows) > 1 and all(row["memory_gb"] > 0 for row in rows[1:])  # the first row is step 0
