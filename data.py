@@ -233,7 +233,7 @@ def read_blocks(name):
         for part, sign in needed.items():
             if not block[part]:
                 seen = [block["category"], *block["prompts"], *block["replies"]][:2]
-                raise ValueError(f"assets/world/{name}: the block {seen} has no line with {sign}")
+                raise ValueError(f"assets/world/{name}: block {seen} has no line with {sign}")
     return blocks
 
 
@@ -1042,13 +1042,34 @@ def read_rows(path):
 def read_jsonl(path, *keys):
     """-> list of rows (dicts), each with these keys (see check_row). Raises SystemExit at the first
     that has not, with file and line."""
-    rows = read_rows(path)
+    rows = drop_empty(path, read_rows(path)) if "responses" in keys else read_rows(path)
     for place, row in rows:
         try:
             check_row(row, *keys)
         except ValueError as why:
             raise SystemExit(f"{path}:{place}: {why}")
     return [row for _, row in rows]
+
+
+def drop_empty(path, rows):
+    """Rows of out/comparisons.jsonl (they hold sampled "tokens") without the responses in which no text
+    was sampled, and without groups that are left with one -> rows; prints how many. In a row that
+    people wrote an empty response is a mistake, and refused."""
+    kept, empty = [], 0
+    for place, row in rows:
+        keys = ("tokens", "responses", "ranks")
+        if isinstance(row, dict) and all(isinstance(row.get(key), list) for key in keys):
+            blank = [i for i, text in enumerate(row["responses"]) if not str(text).strip()]
+            for i in reversed(blank):
+                row["responses"][i : i + 1] = row["ranks"][i : i + 1] = []
+            empty += len(blank)
+            if blank and len(row["responses"]) < 2:
+                continue
+        kept.append((place, row))
+    if empty:
+        groups = len(rows) - len(kept)
+        print(f"{path}: dropped {empty} empty responses, {groups} groups had no pair left")
+    return kept
 
 
 def read_dataset(folder, name):

@@ -352,6 +352,8 @@ def main(config):
         device,
     )
     tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
+    if tokenizer.name != config.encoding:
+        print(f"--encoding={config.encoding} is not used: the supervised model has {tokenizer.name}")
 
     # 1. comparisons: read, or sampled and ranked here
     if datasets["comparisons"] is None:
@@ -364,6 +366,11 @@ def main(config):
         labelers, heldout = data.make_labelers(world, config.seed)
         policies = dict(sft=sft, base=base)
         check_collected(config, policies, COLLECTED)
+        limit = min(p.config.block_size for p in policies.values()) - config.max_new_tokens
+        for name in ("comparison_prompts", "valid"):  # those that leave no room for a response go
+            datasets[name] = data.fitting(
+                datasets[name], lambda task: len(tokenizer.encode(task["prompt"])), limit, "prompts"
+            )
         started = time.monotonic()
         file = os.path.join(config.out, "comparisons.jsonl")
         rows = collect(
@@ -444,7 +451,8 @@ def train(config, sft, tokenizer, groups, groups_valid, pairs):
             if step % config.log_every == 0 or step == steps:
                 seconds = time.monotonic() - started
                 numbers = dict(step=step, loss=loss, **evaluate(reward_model, groups_valid, device))
-                log.write(dict(**numbers, seconds=seconds, responses_s=seen / seconds))
+                numbers.update(seconds=seconds, responses_s=seen / seconds)
+                log.write(dict(**numbers, memory_gb=model.peak_memory_gb()))
             saver.save_if_due(step, lambda: state(step))
 
     # 5. the bias that makes demonstrations score 0 on average (sec. 3.5): eq. 1 leaves it free,

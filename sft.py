@@ -164,7 +164,8 @@ def train(
             if step % config.log_every == 0 or step == steps or step in keep:
                 seconds = time.monotonic() - started
                 numbers = dict(step=step, loss=loss.item(), **evaluate())
-                log.write(dict(**numbers, seconds=seconds, tokens_s=seen / seconds))
+                numbers.update(seconds=seconds, tokens_s=seen / seconds)
+                log.write(dict(**numbers, memory_gb=model.peak_memory_gb()))
             if step in keep:
                 kept[keep[step]] = {
                     name: w.detach().cpu().clone() for name, w in gpt.state_dict().items()
@@ -206,12 +207,16 @@ def main(config, stages=("sft", "ppo_init")):
         base, tokenizer = pretrain(paths["base"], datasets, config)
     parameters = sum(p.numel() for p in base.parameters())
     print(f"base: {parameters:,} parameters, vocabulary {tokenizer.n_vocab}")
+    if tokenizer.name != config.encoding:
+        print(f"--encoding={config.encoding} is not used: {config.base} has {tokenizer.name}")
 
-    documents = data.encode_documents(tokenizer, datasets["pretrain"], config.base_length)
-    documents_valid = data.encode_documents(tokenizer, datasets["pretrain_valid"], config.base_length)
+    block_size = base.config.block_size  # of a given base: not --block_size
+    length = min(config.base_length, block_size)
+    documents = data.encode_documents(tokenizer, datasets["pretrain"], length)
+    documents_valid = data.encode_documents(tokenizer, datasets["pretrain_valid"], length)
     valid_batches = data.document_batches(data.valid_documents(documents_valid))
-    pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], config.block_size)
-    pairs_valid = data.encode_pairs(tokenizer, datasets["demonstrations_valid"], config.block_size)
+    pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], block_size)
+    pairs_valid = data.encode_pairs(tokenizer, datasets["demonstrations_valid"], block_size)
 
     # 2. the baseline, and 3. the start of PPO: two models, two recipes (App. C.1 and C.3)
     for name in stages:
@@ -227,7 +232,8 @@ def main(config, stages=("sft", "ppo_init")):
             order = np.random.default_rng([config.seed, 100 + epoch]).permutation(len(pairs))
             chosen = order[number * config.sft_batch : (number + 1) * config.sft_batch]
             batch = [pairs[i] for i in chosen]
-            if not is_baseline:  # pretraining documents too, as pairs whose prompt is their first token
+            # pretraining documents too, as pairs whose prompt is their first token
+            if not is_baseline and config.pretrain_share:
                 rows = max(1, round(len(batch) * config.pretrain_share / (1 - config.pretrain_share)))
                 batch += [(document[:1], document[1:]) for document in data.draw(documents, rows, rng)]
             return demonstration_batch(batch, config.train_on_prompts)
@@ -266,7 +272,7 @@ def pretrain(path, datasets, config):
         rotary=True, match_head=True, init_std=0.06,
     ))
     documents, primer, valid = (
-        data.encode_documents(tokenizer, datasets[name], config.base_length)
+        data.encode_documents(tokenizer, datasets[name], min(config.base_length, config.block_size))
         for name in ("pretrain", "primer", "pretrain_valid")
     )
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0

@@ -155,6 +155,19 @@ def test_bad_rows_of_a_folder_name_file_and_line(tmp_path, name, change, word):
     assert message.startswith(f"{path}:2: ") and word in message
 
 
+def test_responses_sampled_empty_are_dropped_and_counted(tmp_path, capsys):
+    """out/comparisons.jsonl as --data: a policy may stop at once."""
+    rows = [
+        dict(prompt="p\n", responses=["a", "", "b", " "], ranks=[2, 3, 1, 4], tokens=[[5, 1], [1], [6], [7]]),
+        dict(prompt="q\n", responses=["a", ""], ranks=[1, 2], tokens=[[5, 1], [1]]),
+    ]
+    path = write(tmp_path / "comparisons.jsonl", rows)
+    (row,) = read_folder(str(tmp_path))["comparisons"]
+    assert ranking(row) == {"a": 2, "b": 1}
+    printed = capsys.readouterr().out
+    assert f"{path}: dropped 3 empty responses, 1 groups had no pair left" in printed
+
+
 def test_folder_errors(tmp_path):
     assert "nowhere" in fails(read_folder, str(tmp_path / "nowhere"))
     assert "comparisons.jsonl" in fails(read_folder, str(tmp_path))

@@ -325,6 +325,11 @@ def test_demonstrations_score_zero_on_average_after_the_shift(chain, trained):
     assert max(map(abs, scores)) > 0.01
 
 
+def test_every_logged_step_has_the_memory(trained):
+    rows = [json.loads(line) for line in (trained[0] / "reward.jsonl").read_text().splitlines()]
+    assert len(rows) > 1 and all(row["memory_gb"] > 0 for row in rows[1:])  # the first row is step 0
+
+
 def test_the_shift_changes_no_comparison(chain, trained):
     """J25: accuracy and loss of the finished model are those of the last step before the shift."""
     out, network, tokenizer = trained
@@ -333,6 +338,25 @@ def test_the_shift_changes_no_comparison(chain, trained):
     before = json.loads((out / "reward.jsonl").read_text().splitlines()[-1])
     assert after["accuracy"] == before["accuracy"]
     assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-5)
+
+
+def test_prompts_that_leave_no_room_for_a_response_are_dropped(chain, tmp_path, monkeypatch, capsys):
+    tasks = [dict(prompt=prompt) for prompt in ["say cat\n"] * 3 + ["say cat dog sun moon\n" * 4]]
+    datasets = data.load(str(chain), "tiny", 1) | dict(comparisons=None, comparison_prompts=tasks, valid=tasks)
+    monkeypatch.setattr(data, "load", lambda *_: datasets)
+    passed_on = []
+
+    def collect(path, tasks, *_):
+        passed_on.append(tasks)
+        return [dict(row, prompt="say cat\n", responses=["a", "b"], ranks=[1, 2]) for row in tasks]
+
+    monkeypatch.setattr(reward, "collect", collect)
+    paths = dict(sft=str(chain / "sft.pt"), base=str(chain / "base.pt"))
+    reward.main(reward.Config(scale="tiny", out=str(tmp_path), encoding="gpt2", max_new_tokens=40, **paths))
+    assert passed_on == [tasks[:3], tasks[:3]]
+    printed = capsys.readouterr().out
+    assert "dropped 1 of 4 prompts: longer than 24 tokens" in printed
+    assert "--encoding=gpt2 is not used" in printed
 
 
 def test_the_reward_model_learns_a_simple_preference():
