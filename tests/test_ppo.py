@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 import eval
 import model
 import ppo
@@ -842,6 +843,19 @@ def test_only_policy_and_value_model_change_over_a_run(chain, tmp_path, monkeypa
     (policy, ref, reward_model, value_model), second = seen.rollouts
     assert same(policy, ref) and same(reward_model, value_model)
     assert [same(a, b) for a, b in zip(seen.rollouts[0], second)] == [False, True, True, False]
+
+
+def test_another_reference_is_only_what_the_kl_is_measured_against(chain, tmp_path, monkeypatch):
+    """--ref: the policy starts from the PPO initialisation all the same, and its first ratio is 1."""
+    tokenizer = data.Tokenizer.from_state(torch.load(chain / "base.pt", weights_only=True)["tokenizer"])
+    other = tiny_gpt(5, vocab_size=tokenizer.n_vocab, block_size=64, std=0.1)
+    save_tiny(tmp_path / "other.pt", "policy", other, tokenizer)
+    seen = run_main(chain, tmp_path / "out", monkeypatch, ref=str(tmp_path / "other.pt"))
+    policy, ref, *_ = seen.rollouts[0]
+    init = model.load_policy(str(chain / "ppo_init.pt"), "", "cpu")[0].state_dict()
+    assert same(policy, init) and same(ref, other.state_dict())
+    first = json.loads((tmp_path / "out" / "ppo.jsonl").read_text().splitlines()[0])
+    assert first["kl"] != 0 and first["first_ratio"] == pytest.approx(1, abs=1e-5)
 
 
 def test_the_first_iteration_has_ratio_one_and_kl_zero(chain, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def test_ppo_log_has_every_number_and_its_first_ratio_is_one(chain):
     """J11, in the product: the first minibatch of every iteration."""
     rows = [json.loads(line) for line in open(os.path.join(chain[0], "ppo.jsonl"))]
     wanted = {"score", "kl", "kl3", "entropy", "clipfrac", "first_ratio", "explained_variance", "eot_rate",
-              "length", "ptx_loss",
+              "length", "ptx_loss", "gold",
               "seconds_generate", "seconds_score", "seconds_update", "tokens_s", "memory_gb"}
     for row in rows:
         assert wanted <= row.keys()
