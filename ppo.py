@@ -441,10 +441,9 @@ def train(config):
 
             # 6. log; save
             bar.update()
-            row = measure(batch, stats, iteration, config)
             if gold:  # what the reward model stands for: score up and gold down is over-optimisation
-                golds = gold(batch["tokens"], batch["prompt_lengths"], batch["lengths"])
-                row["gold"] = float(golds.mean())
+                batch["golds"] = gold(batch["tokens"], batch["prompt_lengths"], batch["lengths"])
+            row = measure(batch, stats, iteration, config)
             row.update(seconds_update=time.monotonic() - updating, memory_gb=model.peak_memory_gb())
             row["tokens_s"] = float(batch["mask"].sum()) / (
                 row["seconds_generate"] + row["seconds_score"] + row["seconds_update"]
@@ -519,6 +518,7 @@ def measure(batch, stats, iteration, config):
         step=iteration,
         episodes=iteration * config.rollout_size,
         score=float(batch["scores"].mean()),  # before the penalty for a missing eot
+        **({"gold": float(batch["golds"].mean())} if "golds" in batch else {}),  # in the world only
         kl=float(k1.mean()),  # nats per response
         kl3=float(k3.mean()),
         entropy=float(-masked_mean(batch["logprobs"], mask)),  # nats per token: mean -log pi
