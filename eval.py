@@ -204,7 +204,8 @@ def last_table(config, device):
     fits = lambda row: len(tokenizer.encode(row["prompt"])) + size <= limit
     tasks, valid = ([row for row in datasets[name] if fits(row)] for name in ("test", "valid"))
     prompts, valid_prompts = [t["prompt"] for t in tasks], [t["prompt"] for t in valid[:200]]
-    documents = data.encode_documents(tokenizer, datasets["pretrain_valid"], 128)
+    length = min(128, limit)
+    documents = data.encode_documents(tokenizer, datasets["pretrain_valid"], length)
     documents = data.valid_documents(documents)
 
     epoch, by_epoch = best_epoch(

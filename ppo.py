@@ -336,11 +336,6 @@ def train(config):
     check_config(config)
     device = model.get_device(config.device)
     path, settings = os.path.join(config.out, "ppo.pt"), asdict(config)
-    stopped = model.resume(path, "policy", settings)
-    if stopped and stopped["finished"]:
-        print(f"{path} is there and finished")
-        return
-    datasets = data.load(config.data, config.scale, config.seed)
 
     # 1. four networks
     init_path = config.ppo_init or os.path.join(config.out, "ppo_init.pt")
@@ -367,12 +362,19 @@ def train(config):
     sizes = [sum(p.numel() for p in network.parameters()) for network in (policy, value_model)]
     print(f"policy {sizes[0]:,} parameters, reward and value model {sizes[1]:,}")
 
+    stopped = model.resume(path, "policy", settings)
+    if stopped and stopped["finished"]:
+        print(f"{path} is there and finished")
+        return
+
     # 2. prompts that leave room for a response, and pretraining text
+    datasets = data.load(config.data, config.scale, config.seed)
     rows = [dict(row, ids=tokenizer.encode(row["prompt"])) for row in datasets["prompts"]]
     rows = data.fitting(
         rows, lambda row: len(row["ids"]), policy.config.block_size - config.max_new_tokens, "prompts"
     )
-    documents = data.encode_documents(tokenizer, datasets["pretrain"], 128) if config.ptx_coef else None
+    length = min(128, policy.config.block_size)
+    documents = data.encode_documents(tokenizer, datasets["pretrain"], length) if config.ptx_coef else None
     world = None if config.data else data.World()
 
     # 3. where a run that was stopped goes on
