@@ -373,8 +373,8 @@ def train(config):
     rows = data.fitting(
         rows, lambda row: len(row["ids"]), policy.config.block_size - config.max_new_tokens, "prompts"
     )
-    length = min(128, policy.config.block_size)
-    documents = data.encode_documents(tokenizer, datasets["pretrain"], length) if config.ptx_coef else None
+    texts, length = datasets["pretrain"], min(128, policy.config.block_size)
+    documents = data.encode_documents(tokenizer, texts, length) if config.ptx_coef else None
     world = None if config.data else data.World()
 
     # 3. where a run that was stopped goes on
