@@ -1465,7 +1465,8 @@ def chat(config):
     """A dialogue with one model, in the world's template: "human: {text}\\nai:" and a response, which
     begins with a space; the next turn on a new line. Nothing a model writes is cut: a raw GPT goes on
     with the human's next turn."""
-    path = config.model if config.model.endswith(".pt") else f"{config.out}/{config.model}.pt"
+    in_out = os.path.join(config.out, f"{config.model}.pt")
+    path = config.model if config.model.endswith(".pt") else in_out
     made_by = f"run python ppo.py --out={config.out} first, or choose another --model"
     device = model.get_device(config.device)
     policy, checkpoint = model.load_policy(path, made_by, device)
@@ -1510,11 +1511,12 @@ def side_by_side(config, lines):
     at temperature 1, ref the PPO initialisation, nats; length in tokens with eot. lines: text as typed,
     any iterable."""
     device = model.get_device(config.device)
-    path, made_by = config.out + "/{}.pt", f"run python ppo.py --out={config.out}"
-    found = [name for name in (*POLICIES, "reward") if model.is_finished(path.format(name))]
+    path = lambda name: os.path.join(config.out, f"{name}.pt")
+    made_by = f"run python ppo.py --out={config.out}"
+    found = [name for name in (*POLICIES, "reward") if model.is_finished(path(name))]
     loaded = {
         name: (model.load_reward if name == "reward" else model.load_policy)(
-            path.format(name), made_by, device
+            path(name), made_by, device
         )
         for name in found
     }
@@ -1527,7 +1529,7 @@ def side_by_side(config, lines):
     )
     for name, without in (("reward", "score"), ("ppo_init", "kl")):
         if name not in found:
-            print(f"no finished {path.format(name)}: {without} left out", file=sys.stderr)
+            print(f"no finished {path(name)}: {without} left out", file=sys.stderr)
     columns = ["score"] * ("reward" in found) + ["kl"] * ("ppo_init" in found) + ["length", "response"]
     tokenizer = data.Tokenizer.from_state(state)
     context = min(network.config.block_size for network, _ in loaded.values())

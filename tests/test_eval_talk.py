@@ -97,18 +97,17 @@ def test_reset_forgets(monkeypatch, out):
 
 
 def test_oldest_turns_are_left_out_when_the_context_is_full_and_not_before(monkeypatch, out, capsys):
-    lines, tokenizer = [f"{color} cat" for color in "red blue green red blue green".split()], tokenizer_of(out)
-    prompts = prompts_given(monkeypatch, "\n".join(lines), out=out)
+    """By brute force: the longest end of the dialogue that leaves room for the response in 64 tokens."""
+    encode = tokenizer_of(out).encode
+    lines = ["cat", "red cat", "sun", "moon", "cat", "blue"]
     turns = [f"human: {line}\nai:" for line in lines]
-    left_out = 0
-    for i, prompt in enumerate(prompts):
-        starts = ["".join(turn + " fine.\n" for turn in turns[j:i]) + turns[i] for j in range(i + 1)]
-        # by brute force: the longest of the dialogues that fit 64 tokens with 8 to follow
-        assert prompt == next(p for p in starts if len(tokenizer.encode(p)) + 8 <= 64)
-        left_out += prompt != starts[0]
-    said = capsys.readouterr().err.splitlines()
-    assert 0 < left_out < len(prompts)
-    assert said and all("context of 64 tokens is full: oldest turns left out, " in line for line in said)
+    for size in range(4, 44, 4):
+        prompts = prompts_given(monkeypatch, "\n".join(lines), out=out, max_new_tokens=size)
+        for i, prompt in enumerate(prompts):
+            ends = ["".join(turn + " fine.\n" for turn in turns[j:i]) + turns[i] for j in range(i + 1)]
+            assert prompt == next(end for end in ends if len(encode(end)) + size <= 64)
+        said = capsys.readouterr().err.splitlines()
+        assert said and all("context of 64 tokens is full: oldest turns left out, " in line for line in said)
 
 
 def test_a_message_that_is_too_long_gets_one_line_and_the_dialogue_goes_on(monkeypatch, out, capsys):
@@ -185,7 +184,7 @@ def rows_of(printed):
 def test_compare_shows_what_scores_and_mean_kl_say(monkeypatch, out, capsys):
     piped(monkeypatch, "not read\n")
     prompt, tokenizer = "say cat\n", tokenizer_of(out)
-    eval.main(["compare", "say cat", f"--out={out}", "--samples=2", "--max_new_tokens=9", "--device=cpu"])
+    eval.main(["compare", "say cat", f"--out={out}", "--samples=2", "--max_new_tokens=24", "--device=cpu"])
     prompts, rows = rows_of(capsys.readouterr().out)
     assert prompts == [prompt]
     assert [row[0] for row in rows] == [n for n in ("base", "sft", "ppo_init", "ppo") for _ in range(2)]
@@ -193,12 +192,13 @@ def test_compare_shows_what_scores_and_mean_kl_say(monkeypatch, out, capsys):
     reward_model, _ = model.load_reward(f"{out}/reward.pt", "", CPU)
     for i, (name, score, kl, length, text) in enumerate(rows):
         policy = load(name)
-        response = eval.respond(policy, tokenizer, [prompt] * 2, 9, 1.0, 1, CPU)[i % 2]
+        response = eval.respond(policy, tokenizer, [prompt] * 2, 24, 1.0, 1, CPU)[i % 2]
         assert ast.literal_eval(text) == response[0] and int(length) == len(response[1])
         [expected] = eval.scores(reward_model, tokenizer, [prompt], [response], CPU)
         assert float(score) == pytest.approx(expected, abs=6e-4)
         expected = eval.mean_kl(policy, load("ppo_init"), tokenizer, [prompt], [response], CPU)
         assert float(kl) == pytest.approx(expected, abs=6e-4)
+    assert any(int(length) != len(ast.literal_eval(text)) for *_, length, text in rows)
     assert abs(float(rows[-1][2])) > 0.1 and float(rows[0][2]) == 0  # base is ppo_init here
 
 
@@ -255,6 +255,7 @@ def test_compare_refuses_models_of_different_encodings(monkeypatch, out, tmp_pat
 ])
 def test_bad_input_gets_one_line(monkeypatch, argv, message):
     piped(monkeypatch, "")
+    monkeypatch.setattr(model, "run", lambda *_: pytest.fail("went on to the report"))
     with pytest.raises(SystemExit) as stop:
         eval.main(argv)
     assert stop.value.code.startswith(message) and "\n" not in stop.value.code
@@ -290,7 +291,8 @@ def test_ctrl_c_ends_compare_with_a_new_line(monkeypatch, out, capsys):
 def start(out, *flags):
     command = [sys.executable, "eval.py", "chat", f"--out={out}", "--device=cpu", *flags]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as on a desktop; containers replace
+    return subprocess.Popen(command, cwd=ROOT, env=strict, **pipes)
 
 
 def test_piped_output_is_the_responses_and_the_end_of_the_input_ends_it_well(out):
