@@ -1076,8 +1076,9 @@ def overoptimisation(chain):
 
 
 def second_round(chain):
-    """13. Steps 2 and 3 again: comparisons of the current policy, a new reward model on both rounds,
-    and a new policy from the same start (sec. 3.1)."""
+    """13. Steps 2 and 3 again: comparisons of the current policy, a new reward model on both rounds, and
+    a new policy, from the PPO initialisation or from the current policy; beside it, the first round
+    gone on with for as long (sec. 3.1)."""
     out = os.path.join(chain.out, "round-2")
     config = chain.reward_config("round-2")
     model.check_values(config)
@@ -1091,17 +1092,26 @@ def second_round(chain):
     _, first = chain.groups(len(chain.datasets["comparison_prompts"]))
     _, second = chain.groups(len(tasks), out=out)
     path = chain.train_reward("round-2", first + second)
-    policy = chain.ppo("round-2", reward=path)
-    responses = chain.respond(policy, chain.prompts)
     newer, _ = model.load_reward(path, "", chain.device)
+    going_on = dict(ppo_init=chain.path("ppo"), ref=chain.path("ppo_init"))
+    policies = {
+        "round 1": chain.policy("PPO-ptx"),
+        "round 2": chain.ppo("round-2", reward=path),
+        "round 2, from round 1": chain.ppo("round-2-on", reward=path, **going_on),
+        "round 1, twice as long": chain.ppo("round-1-on", **going_on),
+    }
     rows = []
-    for name, given in (("round 1", chain.answers("PPO-ptx")), ("round 2", responses)):
+    for name, policy in policies.items():
+        given = chain.respond(policy, chain.prompts)
         rows.append({
             "policy": name, "gold": interval(chain.golds(given)),
             "win against SFT": rate(chain.wins(given)),
             "win against round 1": rate(chain.wins(given, chain.answers("PPO-ptx"))),
             "score of RM 1": interval(chain.scores(given)),
             "of RM 2": interval(chain.scores(given, newer)),
+            "kl": mean_kl(
+                policy, chain.policy("PPO init"), chain.tokenizer, chain.prompts, given, chain.device
+            ),
         })
     repeated = [t["prompt"] for t in chain.tasks[: chain.config.items] for _ in range(4)]
     four = chain.respond("PPO-ptx", repeated, seed=2)
@@ -1115,9 +1125,11 @@ def second_round(chain):
             "policy": f"{name} on samples of round 1", "with held-out labelers": agree["reward model"],
             "with gold": agree["gold and reward model"],
         })
-    win, half = rows[1]["win against round 1"]
-    here = {"win of round 2 against round 1": win, "against SFT": rows[1]["win against SFT"][0]}
-    return rows, here, win - half > 0.5
+    win = {row["policy"]: row["win against round 1"] for row in rows[: len(policies)]}
+    second = max(win["round 2"], win["round 2, from round 1"])
+    # more comparisons must do what more episodes alone do not
+    holds = below([0.5, 0.0], second) and second[0] > win["round 1, twice as long"][0]
+    return rows, {f"{name}, against round 1": win[name][0] for name in list(win)[1:]}, holds
 
 
 def heldout_kinds(chain):
