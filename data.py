@@ -427,7 +427,8 @@ class World:
         constraints = (
             [self.expand(block["constraints"].strip(), bound, rng)] if block["constraints"] else []
         )
-        if not constraints and prompt[-1] in ".?!" and rng.random() < 0.25:
+        exact = any(demand.startswith("is ") for demand in demands)  # leaves no room for a suffix
+        if not constraints and not exact and prompt[-1] in ".?!" and rng.random() < 0.25:
             suffix = rng.choice(self.suffixes)
             prompt += " " + suffix["prompts"][0]
             reply = suffix["replies"][0].replace("{reply}", reply)

@@ -455,6 +455,13 @@ class Chain:
             settings = ppo.Config(**{**ppo.SCALES[config.scale], **self.shared, "out": self.out})
             ppo.ensure(settings)
             ppo.train(settings)
+        sft_checkpoint = model.load_checkpoint(self.path("sft"), "policy", "")
+        trained = sft_checkpoint["settings"]["seed"]  # the test prompts of a seed are new to its models only
+        model.check(
+            trained == seed,
+            f"{self.out} holds models of seed {trained}, expected {seed}: pass --seed={trained}, "
+            "or choose another --out",
+        )
         self.world, self.datasets = data.World(), data.load("", config.scale, seed)
         self.labelers, self.heldout_labelers = data.make_labelers(self.world, seed)
         self.reward_model, _ = model.load_reward(self.path("reward"), "", self.device)
@@ -462,7 +469,6 @@ class Chain:
             name: model.load_policy(self.path(file), "", self.device)[0]
             for name, file in (("GPT", "base"), ("PPO init", "ppo_init"), ("PPO-ptx", "ppo"))
         }
-        sft_checkpoint = model.load_checkpoint(self.path("sft"), "policy", "")
         self.tokenizer = data.Tokenizer.from_state(sft_checkpoint["tokenizer"])
         self.size = ppo.SCALES[config.scale].get("max_new_tokens", ppo.Config.max_new_tokens)
         self.valid_prompts = [task["prompt"] for task in self.datasets["valid"][:200]]
