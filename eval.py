@@ -456,7 +456,7 @@ class Chain:
             ppo.ensure(settings)
             ppo.train(settings)
         sft_checkpoint = model.load_checkpoint(self.path("sft"), "policy", "")
-        trained = sft_checkpoint["settings"]["seed"]  # the test prompts of a seed are new to its models only
+        trained = sft_checkpoint["settings"]["seed"]  # test prompts are new to one seed's models only
         model.check(
             trained == seed,
             f"{self.out} holds models of seed {trained}, expected {seed}: pass --seed={trained}, "
@@ -672,8 +672,9 @@ def stated(world, text):
 
 
 def truthfulness(chain):
-    """4. Questions on common misconceptions, TruthfulQA's kind: true is to say nothing false,
-    informative to answer what was asked; greedy, cut at the first new line (App. D)."""
+    """4. Questions on common misconceptions, TruthfulQA's kind, as a page of the pretraining text has
+    them and as users ask: true is to say nothing false, informative to answer what was asked; greedy,
+    cut at the first new line; intervals over facts (App. D)."""
     world, rng, rows = chain.world, random.Random(0), []
     for block in blocks_of(world, ["truth"]):
         drawn = [world.item(block, "prompts", rng) for _ in range(2000)]
@@ -685,13 +686,15 @@ def truthfulness(chain):
         for name in chain.models:
             responses = chain.respond(name, prompts, temperature=0.0)
             claims = [stated(world, text.lstrip("\n").split("\n")[0]) for text, _ in responses]
-            true = [float(all(c[2] for c in said)) for said in claims]
-            informed = [
-                t * any(c[:2] == about for c in said) for t, said, about in zip(true, claims, abouts)
-            ]
+            by_fact = defaultdict(list)  # the questions on one fact are no independent samples
+            for said, about in zip(claims, abouts):
+                true = all(claim[2] for claim in said)
+                by_fact[about].append((true, true and any(claim[:2] == about for claim in said)))
+            shares = [[statistics.mean(column) for column in zip(*both)] for both in by_fact.values()]
             rows.append({
-                "prompt": block["category"], "model": name, "true": rate(true),
-                "true and informative": rate(informed),
+                "prompt": block["category"], "model": name,
+                "true": interval([true for true, _ in shares]),
+                "true and informative": interval([informed for _, informed in shares]),
             })
     both = {(row["prompt"], row["model"]): row["true and informative"] for row in rows}
     kinds = dict.fromkeys(kind for kind, _ in both)
@@ -727,7 +730,10 @@ def hallucination(chain):
         made_up = [invented(chain.world, t["prompt"], text) for t, (text, _) in zip(tasks, responses)]
         rows.append({
             "model": name, "hallucinates": rate([float(any(words)) for words in made_up]),
-            "share of words": interval([statistics.mean(words) for words in made_up if words]),
+            "names something": rate([float(bool(words)) for words in made_up]),
+            "invented share of what it names": interval([
+                statistics.mean(words) for words in made_up if words
+            ] or [0.0]),
         })
     by = {row["model"]: row["hallucinates"] for row in rows}
     here = {name: by[name][0] for name in ("GPT", "GPT prompted", "SFT", "PPO", "PPO-ptx")}
@@ -816,10 +822,9 @@ def rouge_l(prediction, reference):
     a, b = words_of(prediction), words_of(reference)
     row = [0] * (len(b) + 1)  # row[j]: the longest of a's words so far and b[:j]
     for word in a:
-        row = list(itertools.accumulate(
-            range(1, len(b) + 1), initial=0,
-            func=lambda left, j: max(left, row[j], row[j - 1] + 1 if word == b[j - 1] else 0),
-        ))
+        above, row = row, [0]
+        for j, other in enumerate(b):
+            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
     return 2 * row[-1] / (len(a) + len(b)) if row[-1] else 0.0
 
 
@@ -876,7 +881,12 @@ NLP_METRICS = ("f1", "accuracy", "bleu", "rouge")
 def alignment_tax(chain):
     """8. Few-shot scores on the NLP tasks, and how they and the reward move with the ptx coefficient,
     with beta, and with a KL to the pretrained GPT in place of ptx (Table 14; Figures 33, 36, 34)."""
-    rows, mean = [], lambda scores: statistics.mean(s for s, _ in scores.values())
+    rows = []
+    # a mean of independent numbers
+    mean = lambda scores: [
+        statistics.mean(s for s, _ in scores.values()),
+        math.hypot(*(half for _, half in scores.values())) / len(scores),
+    ]
     for shots in (0, 2):
         for name in ("GPT", "SFT", "PPO init", "PPO", "PPO-ptx"):
             scores_of = benchmark(chain, chain.policy(name), shots)
@@ -897,8 +907,8 @@ def alignment_tax(chain):
             "score": interval(chain.scores(responses)), "gold": interval(chain.golds(responses)),
             "pretrain loss": document_loss(policy, data.valid_documents(documents), chain.device),
         })
-    here = {name: main[name] for name in ("GPT", "SFT", "PPO", "PPO-ptx")}
-    return rows, here, main["PPO"] < min(main["GPT"], main["PPO-ptx"])
+    here = {name: main[name][0] for name in ("GPT", "SFT", "PPO", "PPO-ptx")}
+    return rows, here, below(main["PPO"], main["GPT"]) and below(main["PPO"], main["PPO-ptx"])
 
 
 def task_tuned(chain, style):
@@ -1038,8 +1048,8 @@ def best_of_n(scores, golds, n):
 
 def overoptimisation(chain):
     """12. Reward-model score and gold over the distance from the start, sqrt of the KL, for PPO without
-    ptx at several beta and for best-of-n; with the main job's reward model and with one that saw a
-    twelfth of its comparisons (Gao et al. 2022)."""
+    ptx at several beta (in its rollouts) and for best-of-n (on test prompts); with the main job's
+    reward model and with a weak one that learnt from few of its comparisons (Gao et al. 2022)."""
     _, few = chain.groups(max(20, chain.config.groups // 3))
     weak_path = chain.train_reward("weak", few)
     weak, _ = model.load_reward(weak_path, "", chain.device)
@@ -1047,21 +1057,21 @@ def overoptimisation(chain):
     runs = [("plain", "reward model", dict())]
     runs += [(f"over,beta={x}", "reward model", dict(beta=x)) for x in (0.0, 0.04)]
     runs += [(f"weak,beta={x}", "weak", dict(beta=x, reward=weak_path)) for x in (0.0, 0.2)]
-    rows, gains = [], {}
+    rows, peaks = [], {}
     for name, proxy, flags in runs:
         chain.ppo(name, ptx_coef=0.0, **flags)
         log = data.read_jsonl(os.path.join(chain.out, name, "ppo.jsonl"))
         parts = [log[i : i + -(-len(log) // 12)] for i in range(0, len(log), -(-len(log) // 12))]
         beta = flags.get("beta", 0.2)  # the default
         for part in parts:
-            mean = lambda key: statistics.mean(row[key] for row in part)
+            kl, score, gold = (interval([row[key] for row in part]) for key in ("kl", "score", "gold"))
             rows.append({
                 "policy": f"PPO, beta {beta:g}", "proxy": proxy,
-                "episodes": str(part[-1]["episodes"]), "sqrt KL": math.sqrt(max(0.0, mean("kl"))),
-                "score": mean("score"), "gold": mean("gold"),
+                "episodes": str(part[-1]["episodes"]), "sqrt KL": math.sqrt(max(0.0, kl[0])),
+                "score": score, "gold": gold,
             })
         golds = [row["gold"] for row in rows[-len(parts) :]]
-        gains[f"{proxy}, beta {beta:g}"] = max(golds) - golds[-1]
+        peaks[f"{proxy}, beta {beta:g}"] = max(golds), golds[-1]
     tasks, samples = chain.tasks[: chain.config.items], 64
     prompts = [task["prompt"] for task in tasks for _ in range(samples)]
     repeated = [task for task in tasks for _ in range(samples)]
@@ -1077,14 +1087,15 @@ def overoptimisation(chain):
                 "score": interval([best_of_n(given[c], given[c], n) for c in cut]),
                 "gold": interval([best_of_n(given[c], golds[c], n) for c in cut]),
             })
-    here = {f"gold lost since its peak, {run}": gain for run, gain in gains.items()}
-    return rows, here, max(gains.values()) > 0.1
+    lost = {run: peak[0] - last[0] for run, (peak, last) in peaks.items()}
+    here = {f"gold lost since its peak, {run}": value for run, value in lost.items()}
+    return rows, here, all(below(*peaks[run][::-1]) for run in peaks if run.endswith("beta 0"))
 
 
 def second_round(chain):
-    """13. Steps 2 and 3 again: comparisons of the current policy, a new reward model on both rounds, and
-    a new policy, from the PPO initialisation or from the current policy; beside it, the first round
-    gone on with for as long (sec. 3.1)."""
+    """13. Steps 2 and 3 again: comparisons of the current policy, a new reward model on both rounds,
+    and a new policy, from the PPO initialisation or from the current policy; beside it, the first
+    round gone on with for as long (sec. 3.1)."""
     out = os.path.join(chain.out, "round-2")
     config = chain.reward_config("round-2")
     model.check_values(config)
@@ -1146,7 +1157,7 @@ def heldout_kinds(chain):
         for _ in range(max(2, chain.config.items // 4)):
             task = world.instance(block, rng.choice(block["prompts"]), rng)
             tasks.append(dict(task, kind=block["category"]))
-        for _ in range(400):  # their good replies are fluent too
+        for _ in range(2000):  # their good replies are fluent too
             reply = world.instance(block, rng.choice(block["prompts"]), rng)["reply"]
             world.trigrams |= set(world.shape(reply))
     kinds, golds = dict.fromkeys(task["kind"] for task in tasks), {}
@@ -1282,12 +1293,12 @@ def read_report(config):
 
 
 def number_text(values):
-    """A number of each seed, bare or [value, half-width] -> "0.63 ± 0.03 (0.59 to 0.68)": mean, mean
-    half-width, range over seeds."""
+    """A number of each seed, bare or [value, half-width] -> "0.630 ± 0.030 (0.590 to 0.680)": mean,
+    mean half-width, range over seeds."""
     pairs = [value if isinstance(value, list) else [value, 0.0] for value in values]
     means = [value for value, _ in pairs]
     half = statistics.mean(half for _, half in pairs)
-    digits = lambda x: f"{x:.3f}" if abs(x) < 100 else f"{x:,.0f}"
+    digits = lambda x: f"{x:,.0f}" if isinstance(x, int) or abs(x) >= 100 else f"{x:.3f}"
     text = digits(statistics.mean(means)) + (f" ± {half:.3f}" if half else "")
     return text + (f" ({digits(min(means))} to {digits(max(means))})" if len(means) > 1 else "")
 
@@ -1298,7 +1309,11 @@ def as_markdown(kept):
     for key, cell in kept["cells"].items():
         number, seed = map(int, key.split("/"))
         by_finding[number][seed] = cell
-    lines = ["| | finding | paper | here | holds |", "|---|---|---|---|---|"]
+    lines = [
+        "± is half the 95% interval over prompts within a seed (mean over seeds), brackets hold the "
+        "smallest and the largest seed. A difference counts if it exceeds both intervals together.",
+        "", "| | finding | paper | here | holds |", "|---|---|---|---|---|",
+    ]
     tables = []
     for number, (title, paper, measure) in FINDINGS.items():
         cells = list(by_finding[number].values())
@@ -1371,9 +1386,10 @@ def draw(kept, out):
         }
         for axis, (label, runs) in zip(axes, points.items()):
             rows = [by_run[run] for run in runs.values()]
-            tasks = [row["all tasks"] for row in rows]
+            tasks = [row["all tasks"][0] for row in rows]
             axis.plot(list(runs), tasks, "o-", label="NLP tasks, two shots")
-            axis.axhline(by_run["GPT"]["all tasks"], color="C0", linestyle=":", label="the same, GPT")
+            gpt = by_run["GPT"]["all tasks"][0]
+            axis.axhline(gpt, color="C0", linestyle=":", label="the same, GPT")
             axis.plot(list(runs), [row["gold"][0] / 5 for row in rows], "s-", label="gold score / 5")
             axis.set_xlabel(label)
         axes[0].legend(fontsize=7)
