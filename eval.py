@@ -1376,7 +1376,7 @@ def draw(kept, out):
                 axis.errorbar(x + 0.12 * (shift - 1), value, half, color="k", marker=".", linewidth=0.8)
         axis.axhline(0.5, color="k", linewidth=0.5)
         axis.set_ylabel("win rate against SFT (gold)")
-        save_figure(figure, out, "figure-1.png")
+        save_figure(figure, out, "finding-1.png")
     if cells := rows_of(8):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
         by_run = {row["run"]: row for row in cells[0] if row["shots"] == "2"}
@@ -1393,7 +1393,7 @@ def draw(kept, out):
             axis.plot(list(runs), [row["gold"][0] / 5 for row in rows], "s-", label="gold score / 5")
             axis.set_xlabel(label)
         axes[0].legend(fontsize=7)
-        save_figure(figure, out, "figure-8.png")
+        save_figure(figure, out, "finding-8.png")
     if cells := rows_of(12):
         figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True)
         for axis, key in zip(axes, ("score", "gold")):
@@ -1406,7 +1406,7 @@ def draw(kept, out):
             axis.set_xlabel("sqrt of the KL to the start, nats")
             axis.set_ylabel({"score": "score of its reward model", "gold": "gold score"}[key])
         axes[0].legend(fontsize=6)
-        save_figure(figure, out, "figure-12.png")
+        save_figure(figure, out, "finding-12.png")
 
 
 def save_figure(figure, out, name):

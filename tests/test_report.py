@@ -715,7 +715,7 @@ def test_a_finding_measured_anew_trains_nothing_and_gives_the_same_cell(report, 
 def test_figures_are_drawn_where_matplotlib_is(report):
     pytest.importorskip("matplotlib")
     for number in (1, 8, 12):
-        with open(os.path.join(report[0], f"figure-{number}.png"), "rb") as file:
+        with open(os.path.join(report[0], f"finding-{number}.png"), "rb") as file:
             assert file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
