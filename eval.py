@@ -881,33 +881,34 @@ NLP_METRICS = ("f1", "accuracy", "bleu", "rouge")
 def alignment_tax(chain):
     """8. Few-shot scores on the NLP tasks, and how they and the reward move with the ptx coefficient,
     with beta, and with a KL to the pretrained GPT in place of ptx (Table 14; Figures 33, 36, 34)."""
-    rows = []
-    # a mean of independent numbers
-    mean = lambda scores: [
-        statistics.mean(s for s, _ in scores.values()),
-        math.hypot(*(half for _, half in scores.values())) / len(scores),
-    ]
-    for shots in (0, 2):
-        for name in ("GPT", "SFT", "PPO init", "PPO", "PPO-ptx"):
-            scores_of = benchmark(chain, chain.policy(name), shots)
-            rows.append({"run": name, "shots": str(shots), "all tasks": mean(scores_of), **scores_of})
+    documents = data.encode_documents(chain.tokenizer, chain.datasets["pretrain_valid"], 128)
+    documents = data.valid_documents(documents)
+
+    def row(name, policy, shots):
+        by_task = benchmark(chain, policy, shots)
+        mean = statistics.mean(score for score, _ in by_task.values())
+        half = math.hypot(*(half for _, half in by_task.values())) / len(by_task)
+        return {
+            "run": name, "shots": str(shots), "all tasks": [mean, half], **by_task,
+            "pretrain loss": document_loss(policy, documents, chain.device),
+        }
+
+    policies = {name: chain.policy(name) for name in ("GPT", "SFT", "PPO init", "PPO", "PPO-ptx")}
+    policies["PPO, beta 0"] = chain.ppo("over,beta=0.0", ptx_coef=0.0, beta=0.0)  # of finding 12 too
+    rows = [row(name, policy, shots) for shots in (0, 2) for name, policy in policies.items()]
     main = {row["run"]: row["all tasks"] for row in rows if row["shots"] == "2"}
-    episodes = chain.config.sweep_episodes
     sweep = [(f"ptx={x}", dict(ptx_coef=x)) for x in (0.0, 0.1, 0.5, 2.0)]
     sweep += [(f"beta={x}", dict(beta=x)) for x in (0.0, 0.04, 1.0)]
     instead = dict(ref=chain.path("base"), ptx_coef=0.0)
     sweep += [(f"ref=base,beta={x}", dict(beta=x, **instead)) for x in (0.04, 0.2, 1.0)]
-    documents = data.encode_documents(chain.tokenizer, chain.datasets["pretrain_valid"], 128)
     for name, flags in sweep:
-        policy = chain.ppo(name, episodes=episodes, **flags)
+        policy = chain.ppo(name, episodes=chain.config.sweep_episodes, **flags)
         responses = chain.respond(policy, chain.prompts)
-        scores_of = benchmark(chain, policy, 2)
         rows.append({
-            "run": name, "shots": "2", "all tasks": mean(scores_of), **scores_of,
-            "score": interval(chain.scores(responses)), "gold": interval(chain.golds(responses)),
-            "pretrain loss": document_loss(policy, data.valid_documents(documents), chain.device),
+            **row(name, policy, 2), "score": interval(chain.scores(responses)),
+            "gold": interval(chain.golds(responses)),
         })
-    here = {name: main[name][0] for name in ("GPT", "SFT", "PPO", "PPO-ptx")}
+    here = {name: main[name][0] for name in ("GPT", "SFT", "PPO", "PPO-ptx", "PPO, beta 0")}
     return rows, here, below(main["PPO"], main["GPT"]) and below(main["PPO"], main["PPO-ptx"])
 
 

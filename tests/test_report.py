@@ -641,7 +641,8 @@ def test_the_sweeps_have_their_runs(kept):
     sizes = {row["model"] for row in rows_of(kept, 2)}
     assert len(sizes) == 8 and sum("against" in name for name in sizes) == 2
     runs = [row["run"] for row in rows_of(kept, 8)]
-    assert sum(run in ("GPT", "SFT", "PPO init", "PPO", "PPO-ptx") for run in runs) == 10  # no and two shots
+    models = ("GPT", "SFT", "PPO init", "PPO", "PPO-ptx", "PPO, beta 0")
+    assert sum(run in models for run in runs) == 12  # no and two shots
     for prefix, count in (("ptx=", 4), ("beta=", 3), ("ref=base,", 3)):
         assert sum(run.startswith(prefix) for run in runs) == count
     assert {(row["flags"], row["epoch"]) for row in rows_of(kept, 10)} == set(itertools.product(
