@@ -990,8 +990,8 @@ def sft_epochs(chain):
 
 
 def kwise_against_pairs(chain):
-    """11. All pairs of a prompt as one batch element, or the same pairs shuffled: one pass each
-    (sec. 3.5). Rows are parts of the pass."""
+    """11. All pairs of a prompt as one batch element, or the same pairs shuffled: one pass each, and as
+    many K-wise passes as cost the same number of forwards (sec. 3.5). Rows are quarters of a run."""
     _, groups = chain.groups(chain.config.groups)
     _, valid = chain.groups(max(20, chain.config.groups // 6), skip=chain.config.groups)
     pairs = [
@@ -1000,23 +1000,29 @@ def kwise_against_pairs(chain):
     ]
     config, rows = chain.reward_config(""), []
     start, _ = model.load_policy(chain.path("sft"), "", chain.device)
-    steps = len(groups) // config.batch
-    for name, elements in (("K-wise", groups), ("shuffled pairs", pairs)):
+    responses = sum(len(ranks) for _, ranks in groups)
+    runs = {
+        "K-wise": (groups, 1),
+        "shuffled pairs": (pairs, 1),
+        "K-wise, more passes": (groups, round(2 * len(pairs) / responses)),
+    }
+    for name, (elements, passes) in runs.items():
         torch.manual_seed(chain.seed)
         reward_model = model.ScalarGPT.from_gpt(start)
         optimizer = model.adamw(reward_model, config.lr)
-        order = np.random.default_rng(chain.seed).permutation(len(elements))
-        batches = np.array_split(order, steps)  # as many steps of as many pairs on average
+        rng, steps, batches = np.random.default_rng(chain.seed), len(groups) // config.batch, []
+        for _ in range(passes):  # a pass has as many steps, of as many pairs on average
+            batches += np.array_split(rng.permutation(len(elements)), steps)
         seconds = forwards = 0
         for step, batch in enumerate(batches, 1):
             started = time.monotonic()
             reward.train_step(
                 reward_model, optimizer, [elements[i] for i in batch],
-                config.lr * model.cosine(step, steps), config, chain.device,
+                config.lr * model.cosine(step, len(batches)), config, chain.device,
             )
             seconds += time.monotonic() - started
             forwards += sum(len(elements[i][1]) for i in batch)
-            if step % max(1, steps // 4) == 0:
+            if step % max(1, len(batches) // 4) == 0:
                 seen = reward.evaluate(reward_model, groups[: len(valid)], chain.device)
                 new = reward.evaluate(reward_model, valid, chain.device)
                 rows.append({
@@ -1026,11 +1032,8 @@ def kwise_against_pairs(chain):
                 })
     last = {row["batches"]: row for row in rows}
     kwise, shuffled = last["K-wise"], last["shuffled pairs"]
-    here = {
-        "valid loss K-wise": kwise["valid loss"], "shuffled": shuffled["valid loss"],
-        "accuracy K-wise": kwise["valid accuracy"], "accuracy shuffled": shuffled["valid accuracy"],
-        "forwards, times": shuffled["forwards"] / kwise["forwards"],
-    }
+    here = {f"valid loss, {name}": row["valid loss"] for name, row in last.items()}
+    here["forwards, times"] = shuffled["forwards"] / kwise["forwards"]
     return rows, here, kwise["valid loss"] < shuffled["valid loss"]
 
 

@@ -648,7 +648,9 @@ def test_the_sweeps_have_their_runs(kept):
     assert {(row["flags"], row["epoch"]) for row in rows_of(kept, 10)} == set(itertools.product(
         ("default", "sft_lr=0.002", "sft_lr=0.002, sft_dropout=0"), ("1", "2", "4")
     ))
-    assert {row["batches"] for row in rows_of(kept, 11)} == {"K-wise", "shuffled pairs"}
+    assert {row["batches"] for row in rows_of(kept, 11)} == {
+        "K-wise", "shuffled pairs", "K-wise, more passes"
+    }
     best = [row for row in rows_of(kept, 12) if row["policy"] == "best of n"]
     assert [row["n"] for row in best] == ["1", "2", "4", "8", "16", "32", "64"] * 2
     for proxy in ("reward model", "weak"):  # more samples to choose from: no lower score
