@@ -1179,9 +1179,10 @@ def heldout_kinds(chain):
         })
     for row in rows:
         row["win"] = rate(compare(golds[row["model"]], golds["SFT"]))
-    gold = {row["model"]: row["gold"] for row in rows}
-    holds = below(gold["GPT"], gold["SFT"]) and below(gold["SFT"], gold["PPO-ptx"])
-    return rows, {name: gold[name][0] for name in ("GPT", "SFT", "PPO-ptx")}, holds
+    by = {row["model"]: row for row in rows}
+    models = ("GPT", "SFT", "PPO-ptx")
+    here = {f"{key}, {name}": by[name][key][0] for key in ("follows", "gold") for name in models}
+    return rows, here, below(by["GPT"]["follows"], by["PPO-ptx"]["follows"])
 
 
 def metadata(chain):
