@@ -493,7 +493,7 @@ def measured(monkeypatch):
 
 
 def hand_report(out, **flags):
-    eval.report(eval.Config(**{**dict(scale="tiny", out=str(out), device="cpu", seeds=1), **flags}))
+    eval.report(eval.Config(**{**dict(scale="tiny", out=str(out), device="cpu", seeds=1, groups=40), **flags}))
     return json.loads(open(os.path.join(out, "report.json"), encoding="utf-8").read())["cells"]
 
 
