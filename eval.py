@@ -60,41 +60,53 @@ def respond(policy, tokenizer, prompts, max_new_tokens, temperature, seed, devic
     return data.sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator)
 
 
+def as_response(tokenizer, text):
+    """What somebody wrote -> (text, ids), ended by eot."""
+    return text, tokenizer.encode(text) + [tokenizer.eot]
+
+
 def prompted(responses, tokenizer):
     """What a few-shot prompted model said, up to the first line break: it does not know where to
     stop."""
-    texts = [text.lstrip("\n").split("\n")[0] for text, _ in responses]
-    return [(text, tokenizer.encode(text) + [tokenizer.eot]) for text in texts]
+    return [as_response(tokenizer, text.lstrip("\n").split("\n")[0]) for text, _ in responses]
 
 
 @torch.no_grad()
 def scores(reward_model, tokenizer, prompts, responses, device):
     """The reward model's score of each response -> list of floats, one a prompt."""
     rows = [tokenizer.encode(prompt) + ids for prompt, (_, ids) in zip(prompts, responses)]
-    result = []
-    for i in range(0, len(rows), 128):
-        tokens, lengths = model.pad(rows[i : i + 128], device)
-        result += reward_model(tokens).gather(1, lengths[:, None] - 1).squeeze(1).tolist()
-    return result
+    return reward.score_rows(reward_model, rows, device, piece=128).tolist()
 
 
 @torch.no_grad()
+def response_logprobs(policy, prompts, responses, device):
+    """log pi(response | prompt) of N prompts and responses (lists of ids) -> totals in nats, numbers of
+    tokens, both (N,)."""
+    totals, counts = [], []
+    for i in range(0, len(prompts), 128):
+        pairs = list(zip(prompts[i : i + 128], responses[i : i + 128]))
+        tokens, lengths = model.pad([prompt + response for prompt, response in pairs], device)
+        starts = torch.tensor([len(prompt) for prompt, _ in pairs], device=device)
+        mask = model.response_mask(starts, lengths, tokens.size(1))
+        totals.append(model.masked_logprobs(policy, tokens, mask).sum(1))
+        counts.append(mask.sum(1))
+    return torch.cat(totals), torch.cat(counts)
+
+
+def choice_logprobs(policy, tokenizer, prompts, choices, device):
+    """log pi(choice | prompt) of N prompts (text) and their choices (lists of texts) -> totals in nats,
+    numbers of tokens, both (N, choices)."""
+    pairs = [(prompt, text) for prompt, texts in zip(prompts, choices) for text in texts]
+    ids = [[tokenizer.encode(text) for text in column] for column in zip(*pairs)]
+    shape = len(prompts), len(choices[0])
+    return [x.view(shape) for x in response_logprobs(policy, *ids, device)]
+
+
 def mean_kl(policy, ref, tokenizer, prompts, responses, device):
     """KL(policy || ref), nats per response -> float: k1 on the policy's own samples (temperature 1)."""
-    total = 0.0
-    for i in range(0, len(prompts), 128):
-        prompt_ids = [tokenizer.encode(prompt) for prompt in prompts[i : i + 128]]
-        rows = [ids + response for ids, (_, response) in zip(prompt_ids, responses[i : i + 128])]
-        tokens, lengths = model.pad(rows, device)
-        mask = model.response_mask(
-            torch.tensor([len(ids) for ids in prompt_ids], device=device), lengths, tokens.size(1)
-        )
-        total += float(
-            (
-                model.masked_logprobs(policy, tokens, mask) - model.masked_logprobs(ref, tokens, mask)
-            ).sum()
-        )
-    return total / len(prompts)
+    ids = [tokenizer.encode(prompt) for prompt in prompts], [ids for _, ids in responses]
+    (new, _), (old, _) = (response_logprobs(gpt, *ids, device) for gpt in (policy, ref))
+    return float((new - old).mean())
 
 
 @torch.no_grad()
@@ -239,9 +251,7 @@ def last_table(config, device):
         )
         rng = random.Random(0)
         written = [data.imperfect(world, task, rng) for task in tasks]
-        answers["demonstrator", 1.0] = [
-            (text, tokenizer.encode(text) + [tokenizer.eot]) for text in written
-        ]
+        answers["demonstrator", 1.0] = [as_response(tokenizer, text) for text in written]
         _, heldout = data.make_labelers(world, config.seed)
 
         repeated = [p for p in prompts[:300] for _ in range(4)]
@@ -319,9 +329,7 @@ def review_table(config, base, reward_model, tokenizer, answers, prompts, device
     reviews that no other model saw. Printed, and returned as {name: share}."""
     read = lambda name: data.read_jsonl(os.path.join(config.data, name))
     heldout, seen_by_judge = read("heldout.jsonl"), read("judge.jsonl")
-    with_ids = lambda rows: [
-        (row["response"], tokenizer.encode(row["response"]) + [tokenizer.eot]) for row in rows
-    ]
+    with_ids = lambda rows: [as_response(tokenizer, row["response"]) for row in rows]
     ratings = torch.tensor([float(row["rating"]) for row in heldout])
     positive = ratings > 5  # stars of ten
     score_of = lambda scalar, rows, responses: torch.tensor(
@@ -363,7 +371,7 @@ def train_judge(base, tokenizer, rows, responses, seed, device, epochs=3, batch=
     ]
     for step, chosen in enumerate(batches):
         tokens, lengths = model.pad([ids[i] for i in chosen], device)
-        logits = judge(tokens).gather(1, lengths[:, None] - 1).squeeze(1)  # (B,)
+        logits = reward.score(judge, tokens, lengths)  # (B,)
         targets = labels[chosen].to(device)
         torch.nn.functional.binary_cross_entropy_with_logits(logits, targets).backward()
         model.optimizer_step(optimizer, judge, lr * model.cosine(step, len(batches)), 1.0)
@@ -542,7 +550,7 @@ class Chain:
             if name == "demonstrator":
                 rng = random.Random(0)
                 texts = [data.imperfect(self.world, task, rng) for task in self.tasks]
-                responses = [(t, self.tokenizer.encode(t) + [self.tokenizer.eot]) for t in texts]
+                responses = [as_response(self.tokenizer, text) for text in texts]
             else:
                 responses = self.respond(name, self.prompts, temperature)
             self.sampled[name, temperature] = responses
@@ -774,26 +782,6 @@ def toxicity(chain):
     here = {f"{m}, {kind}": by[kind, m][0] for kind in INSTRUCTIONS for m in ("GPT", "PPO-ptx")}
     less = {kind: below(by[kind, "PPO-ptx"], by[kind, "GPT"]) for kind in INSTRUCTIONS}
     return rows, here, less["respectful"] and not less["basic"] and not less["biased"]
-
-
-@torch.no_grad()
-def choice_logprobs(policy, tokenizer, prompts, choices, device):
-    """log pi(choice | prompt) of N prompts (text) and their choices (lists of texts) -> totals in nats,
-    number of tokens, both (N, choices)."""
-    rows, starts = [], []
-    for prompt, texts in zip(prompts, choices):
-        ids = tokenizer.encode(prompt)
-        rows += [ids + tokenizer.encode(text) for text in texts]
-        starts += [len(ids)] * len(texts)
-    totals, counts = [], []
-    for i in range(0, len(rows), 128):
-        tokens, lengths = model.pad(rows[i : i + 128], device)
-        first = torch.tensor(starts[i : i + 128], device=device)
-        mask = model.response_mask(first, lengths, tokens.size(1))
-        totals.append(model.masked_logprobs(policy, tokens, mask).sum(1))
-        counts.append(mask.sum(1))
-    shape = (len(prompts), len(choices[0]))
-    return torch.cat(totals).view(shape), torch.cat(counts).view(shape)
 
 
 def bias(chain):
