@@ -1319,7 +1319,8 @@ def number_text(values):
     half = statistics.mean(half for _, half in pairs)
     digits = lambda x: f"{x:,.0f}" if isinstance(x, int) or abs(x) >= 100 else f"{x:.3f}"
     text = digits(statistics.mean(means)) + (f" ± {half:.3f}" if half else "")
-    return text + (f" ({digits(min(means))} to {digits(max(means))})" if len(means) > 1 else "")
+    low, high = min(means), max(means)
+    return text + (f" ({digits(low)} to {digits(high)})" if low < high else "")
 
 
 def as_markdown(kept):
@@ -1388,7 +1389,7 @@ def draw(kept, out):
         cell["rows"] for key, cell in kept["cells"].items() if key.split("/")[0] == str(number)
     ]
     if cells := rows_of(1):
-        figure, axis = plt.subplots(figsize=(6, 3.2))
+        figure, axis = plt.subplots(figsize=(7, 3.2))
         names = [row["model"] for row in cells[0] if row["model"] != "round 2"]
         wins = [[next(r["win"] for r in rows if r["model"] == n) for rows in cells] for n in names]
         axis.bar(names, [statistics.mean(w for w, _ in win) for win in wins], color="C0", alpha=0.5)
@@ -1412,6 +1413,8 @@ def draw(kept, out):
             gpt = by_run["GPT"]["all tasks"][0]
             axis.axhline(gpt, color="C0", linestyle=":", label="the same, GPT")
             axis.plot(list(runs), [row["gold"][0] / 5 for row in rows], "s-", label="gold score / 5")
+            losses = [row["pretrain loss"] for row in rows]
+            axis.plot(list(runs), losses, "^-", label="pretraining loss, nats per token")
             axis.set_xlabel(label)
         axes[0].legend(fontsize=7)
         save_figure(figure, out, "finding-8.png")
@@ -1424,7 +1427,7 @@ def draw(kept, out):
                 style = "--" if name[1] == "weak" else "-"
                 distances = [row["sqrt KL"] for row in rows]
                 axis.plot(distances, values, style, marker=".", label=", ".join(name))
-            axis.set_xlabel("sqrt of the KL to the start, nats")
+            axis.set_xlabel("square root of the KL to the start (in nats)")
             axis.set_ylabel({"score": "score of its reward model", "gold": "gold score"}[key])
         axes[0].legend(fontsize=6)
         save_figure(figure, out, "finding-12.png")
