@@ -120,13 +120,15 @@ def document_loss(gpt, documents, device):
     return total / count
 
 
-def best_epoch(path, checkpoint, reward_model, tokenizer, prompts, max_new_tokens, device):
+def best_epoch(path, reward_model, tokenizer, prompts, max_new_tokens, device):
     """The epoch of sft.pt whose samples score best on validation prompts -> epoch, {epoch: mean score}.
 
-    The paper selects by the reward model's score, not by loss (App. C.1).
+    The paper selects by the reward model's score, not by loss (App. C.1). Raises SystemExit if the
+    file at `path` keeps no epochs.
     """
-    by_epoch = {}
-    for epoch in checkpoint["epochs"]:
+    epochs, by_epoch = model.load_checkpoint(path, "policy", "run python sft.py")["epochs"], {}
+    model.check(epochs, f"{path} keeps no epochs: pass an sft.pt that python sft.py made")
+    for epoch in epochs:
         policy, _ = model.load_policy(path, "", device, epoch)
         responses = respond(policy, tokenizer, prompts, max_new_tokens, 1.0, 0, device)
         by_epoch[epoch] = statistics.mean(scores(reward_model, tokenizer, prompts, responses, device))
@@ -221,7 +223,7 @@ def last_table(config, device):
     documents = data.valid_documents(documents)
 
     epoch, by_epoch = best_epoch(
-        where("sft"), sft_checkpoint, reward_model, tokenizer, valid_prompts, size, device
+        where("sft"), reward_model, tokenizer, valid_prompts, size, device
     )
     print(
         f"SFT epoch {epoch} has the highest score on validation prompts: "
@@ -232,10 +234,10 @@ def last_table(config, device):
         "PPO-ptx" if config.ptx_coef else "PPO": load("ppo")[0],
     }
     ref, last = policies["PPO init"], list(policies)[-1]
-    answers = {}  # (model, temperature) -> responses
+    sampled = {}  # (model, temperature) -> responses to the test prompts
     for name, policy in policies.items():
         for temperature in (1.0,) if name == "GPT" else (1.0, 0.0):
-            answers[name, temperature] = respond(
+            sampled[name, temperature] = respond(
                 policy, tokenizer, prompts, size, temperature, 1, device
             )
     if world:
@@ -246,12 +248,12 @@ def last_table(config, device):
         print("GPT prompted: scores of the prefixes " + "  ".join(f"{m:.2f}" for m in means))
         room = limit - size - len(tokenizer.encode(prefix))
         with_prefix = [prefix + p if len(tokenizer.encode(p)) <= room else p for p in prompts]
-        answers["GPT prompted", 1.0] = prompted(
+        sampled["GPT prompted", 1.0] = prompted(
             respond(base, tokenizer, with_prefix, size, 1.0, 1, device), tokenizer
         )
         rng = random.Random(0)
         written = [data.imperfect(world, task, rng) for task in tasks]
-        answers["demonstrator", 1.0] = [as_response(tokenizer, text) for text in written]
+        sampled["demonstrator", 1.0] = [as_response(tokenizer, text) for text in written]
         _, heldout = data.make_labelers(world, config.seed)
 
         repeated = [p for p in prompts[:300] for _ in range(4)]
@@ -265,11 +267,11 @@ def last_table(config, device):
 
     order = ["GPT", "GPT prompted", "SFT", "PPO init", last, "demonstrator"]
     table = []
-    for name, temperature in sorted(answers, key=lambda key: (-key[1], order.index(key[0]))):
-        responses = answers[name, temperature]
+    for name, temperature in sorted(sampled, key=lambda key: (-key[1], order.index(key[0]))):
+        responses = sampled[name, temperature]
         row = dict(model=name, T=temperature)
         if world:
-            row.update(world_columns(world, heldout, tasks, responses, answers["SFT", temperature]))
+            row.update(world_columns(world, heldout, tasks, responses, sampled["SFT", temperature]))
         row["score"] = statistics.mean(scores(reward_model, tokenizer, prompts, responses, device))
         if name in ("SFT", "PPO init", last) and temperature == 1:
             row["kl"] = mean_kl(policies[name], ref, tokenizer, prompts, responses, device)
@@ -280,10 +282,10 @@ def last_table(config, device):
     print_table(table)
     reviews = None
     if config.data and os.path.exists(os.path.join(config.data, "judge.jsonl")):
-        reviews = review_table(config, base, reward_model, tokenizer, answers, prompts, device)
-    shown = [(name, t) for name, t in answers if t == 1 and name != "demonstrator"]
+        reviews = review_table(config, base, reward_model, tokenizer, sampled, prompts, device)
+    shown = [(name, t) for name, t in sampled if t == 1 and name != "demonstrator"]
     samples = [
-        dict(prompt=prompts[i], **{f"{name} T={t:g}": answers[name, t][i][0] for name, t in shown})
+        dict(prompt=prompts[i], **{f"{name} T={t:g}": sampled[name, t][i][0] for name, t in shown})
         for i in range(min(8, len(prompts)))
     ]
     for i, sample in enumerate(samples):  # the first test prompts, whatever they show
@@ -323,7 +325,7 @@ def world_columns(world, labelers, tasks, responses, baseline):
     return row
 
 
-def review_table(config, base, reward_model, tokenizer, answers, prompts, device):
+def review_table(config, base, reward_model, tokenizer, sampled, prompts, device):
     """For a folder of imported reviews, where heldout.jsonl and judge.jsonl are: how well the reward
     model orders held-out human reviews, and how many continuations are positive, by a judge trained on
     reviews that no other model saw. Printed, and returned as {name: share}."""
@@ -349,7 +351,7 @@ def review_table(config, base, reward_model, tokenizer, answers, prompts, device
         ),
         heldout_reviews=len(heldout),
     )
-    for (name, temperature), responses in answers.items():
+    for (name, temperature), responses in sampled.items():
         outcomes = (score_of(judge, prompts, responses) > 0).float().tolist()
         rate, half_width = win_rate(outcomes)
         report[f"positive {name} T={temperature:g}"] = rate
@@ -462,13 +464,15 @@ class Chain:
         # test prompts are new to the models of their seed and scale only
         for stage in ("base", "sft", "ppo_init", "reward"):
             if model.is_finished(self.path(stage)):
-                found = torch.load(self.path(stage), weights_only=True, mmap=True)["settings"]
+                found = torch.load(
+                    self.path(stage), map_location="cpu", weights_only=True, mmap=True
+                )["settings"]
                 differ = [k for k, v in made_with.items() if found[k] != v]
                 differ = [f"--{k}={found[k]} there, {made_with[k]} now" for k in differ]
                 model.check(
                     not differ,
                     f"{self.path(stage)} was made with other flags ({', '.join(differ)}): "
-                    "choose another --out",
+                    "pass those flags or choose another --out",
                 )
         self.defaults = self.settings(ppo)
         ppo.ensure(self.defaults)
@@ -487,16 +491,14 @@ class Chain:
             for name, file in (("GPT", "base"), ("PPO init", "ppo_init"), ("PPO-ptx", "ppo"))
         }
         self.tokenizer = data.Tokenizer.from_state(sft_checkpoint["tokenizer"])
-        self.size = self.defaults.max_new_tokens
+        self.max_new_tokens = self.defaults.max_new_tokens
         self.valid_prompts = [task["prompt"] for task in self.datasets["valid"][:200]]
-        epoch, self.by_epoch = best_epoch(
-            self.path("sft"), sft_checkpoint, self.reward_model, self.tokenizer, self.valid_prompts,
-            self.size, self.device,
-        )
+        epoch, self.by_epoch = self.best_epoch(self.path("sft"))
         self.policies["SFT"], _ = model.load_policy(self.path("sft"), "", self.device, epoch)
         short = [prompt for prompt in self.valid_prompts if len(prompt) < 200]
         self.prefix, _ = best_prefix(
-            self.policies["GPT"], self.reward_model, self.tokenizer, short, self.size, self.device
+            self.policies["GPT"], self.reward_model, self.tokenizer, short, self.max_new_tokens,
+            self.device,
         )
         self.tasks, self.sampled = self.datasets["test"], {}
         self.prompts = [task["prompt"] for task in self.tasks]
@@ -531,20 +533,27 @@ class Chain:
             self.policies[name], _ = model.load_policy(self.path("round-2/ppo"), "", self.device)
         return self.policies[name]
 
+    def best_epoch(self, path):
+        """best_epoch of a file that keeps epochs, by the main job's reward model."""
+        return best_epoch(
+            path, self.reward_model, self.tokenizer, self.valid_prompts, self.max_new_tokens,
+            self.device,
+        )
+
     def respond(self, name, prompts, temperature=1.0, seed=1):
         """Responses to any prompts, by the name of a model, or by a policy -> list of (text, ids)."""
         if name == "GPT prompted":
-            room = self.policies["GPT"].config.block_size - self.size
+            room = self.policies["GPT"].config.block_size - self.max_new_tokens
             room -= len(self.tokenizer.encode(self.prefix))
             fits = [len(self.tokenizer.encode(prompt)) <= room for prompt in prompts]
             prompts = [self.prefix * fit + prompt for fit, prompt in zip(fits, prompts)]
             return prompted(self.respond("GPT", prompts, temperature, seed), self.tokenizer)
         policy = self.policy(name) if isinstance(name, str) else name
         return respond(
-            policy, self.tokenizer, prompts, self.size, temperature, seed, self.device
+            policy, self.tokenizer, prompts, self.max_new_tokens, temperature, seed, self.device
         )
 
-    def answers(self, name, temperature=1.0):
+    def responses(self, name, temperature=1.0):
         """Responses to the test prompts, sampled once; also of the demonstrator."""
         if (name, temperature) not in self.sampled:
             if name == "demonstrator":
@@ -563,7 +572,7 @@ class Chain:
 
     def wins(self, responses, baseline=None):
         """Outcomes by gold of responses to the test prompts, against SFT's if not said otherwise."""
-        return compare(self.golds(responses), self.golds(baseline or self.answers("SFT")))
+        return compare(self.golds(responses), self.golds(baseline or self.responses("SFT")))
 
     def scores(self, responses, reward_model=None):
         """Reward-model scores of responses to the test prompts, by the main job's if none is given."""
@@ -593,7 +602,7 @@ def ladder(chain):
     """1. Win rate of every model against SFT, by the gold preference and by labelers (Figure 1)."""
     rows = []
     for name in (*chain.models, "demonstrator"):
-        responses, baseline = chain.answers(name), chain.answers("SFT")
+        responses, baseline = chain.responses(name), chain.responses("SFT")
         outcomes = chain.wins(responses)
         by_labelers = lambda labelers: rate(
             compare_by_labelers(chain.world, labelers, chain.tasks, responses, baseline)
@@ -636,7 +645,7 @@ def small_against_large(chain):
             policy = model.load_policy(path, "", chain.device)[0] if size else chain.policy(name)
             millions = sum(p.numel() for p in policy.parameters()) / 1e6
             models[millions, name] = responses = (
-                chain.respond(policy, chain.prompts) if size else chain.answers(name)
+                chain.respond(policy, chain.prompts) if size else chain.responses(name)
             )
             rows.append({
                 "model": f"{name} {millions:.2g}M", "gold": interval(chain.golds(responses)),
@@ -644,7 +653,7 @@ def small_against_large(chain):
             })
     small, large = min(models)[0], max(models)[0]
     direct = rate(chain.wins(models[small, "PPO-ptx"], models[large, "GPT"]))
-    prompted_too = rate(chain.wins(models[small, "PPO-ptx"], chain.answers("GPT prompted")))
+    prompted_too = rate(chain.wins(models[small, "PPO-ptx"], chain.responses("GPT prompted")))
     rows.append({"model": f"PPO-ptx {small:.2g}M against GPT {large:.2g}M", "win": direct})
     rows.append({"model": f"PPO-ptx {small:.2g}M against GPT prompted, main size", "win": prompted_too})
     here = {"win": direct[0], "against GPT prompted": prompted_too[0], "times larger": large / small}
@@ -655,7 +664,7 @@ def heldout_labelers(chain):
     """3. Do labelers who gave no training data prefer it as often? And reward models of 4 of 5 groups
     of labelers on the fifth (sec. 4.1, App. E.2)."""
     win = lambda who: rate(compare_by_labelers(
-        chain.world, who, chain.tasks, chain.answers("PPO-ptx"), chain.answers("SFT")
+        chain.world, who, chain.tasks, chain.responses("PPO-ptx"), chain.responses("SFT")
     ))
     training, heldout = win(chain.labelers), win(chain.heldout_labelers)
     rows = [
@@ -856,7 +865,7 @@ def benchmark(chain, policy, shots):
             examples = [draw() for _ in range(shots)]
             shown = "".join(example["prompt"] + example["answer"] + "\n" for example in examples)
             prompts.append(shown + item["prompt"])
-        answers, metric = [item["answer"] for item in items], items[0]["metric"]
+        references, metric = [item["answer"] for item in items], items[0]["metric"]
         if metric == "accuracy":
             choices = [[item["answer"], *item["wrong"]] for item in items]
             logprobs, counts = choice_logprobs(
@@ -866,10 +875,10 @@ def benchmark(chain, policy, shots):
             continue
         said = [text.split("\n")[0] for text, _ in chain.respond(policy, prompts, temperature=0.0)]
         if metric == "bleu":
-            result[task] = [bleu(said, answers), 0.0]
+            result[task] = [bleu(said, references), 0.0]
         else:
             overlap = f1 if metric == "f1" else rouge_l
-            result[task] = interval([overlap(*pair) for pair in zip(said, answers)])
+            result[task] = interval([overlap(*pair) for pair in zip(said, references)])
     return result
 
 
@@ -928,11 +937,7 @@ def task_tuned(chain, style):
         lambda step, rng: sft.demonstration_batch(data.draw(pairs, settings.sft_batch, rng)),
         settings.sft_lr, dict, settings, keep={steps // 4: 1, steps // 2: 2, steps: 4},
     )
-    checkpoint = model.load_checkpoint(path, "policy", "")
-    quarters, _ = best_epoch(
-        path, checkpoint, chain.reward_model, chain.tokenizer, chain.valid_prompts, chain.size,
-        chain.device,
-    )
+    quarters, _ = chain.best_epoch(path)
     return model.load_policy(path, "", chain.device, quarters)[0]
 
 
@@ -943,9 +948,9 @@ def task_tuned_baselines(chain):
         style = name.removesuffix("-like").lower()
         responses = (
             chain.respond(task_tuned(chain, style), chain.prompts)
-            if name.endswith("like") else chain.answers(name)
+            if name.endswith("like") else chain.responses(name)
         )
-        ptx = rate(chain.wins(chain.answers("PPO-ptx"), responses))
+        ptx = rate(chain.wins(chain.responses("PPO-ptx"), responses))
         rows.append({
             "model": name, "gold": interval(chain.golds(responses)), "win": rate(chain.wins(responses)),
             "PPO-ptx wins against it": ptx,
@@ -966,12 +971,7 @@ def sft_epochs(chain):
         if name:
             settings = chain.settings(sft, name, base=chain.path("base"), **flags)
             sft.main(settings, stages=("sft",))
-            path = os.path.join(out, "sft.pt")
-            checkpoint = model.load_checkpoint(path, "policy", "")
-            _, by_epoch = best_epoch(
-                path, checkpoint, chain.reward_model, chain.tokenizer, chain.valid_prompts, chain.size,
-                chain.device,
-            )
+            _, by_epoch = chain.best_epoch(os.path.join(out, "sft.pt"))
         log = {row["step"]: row for row in data.read_jsonl(os.path.join(out, "sft.jsonl"))}
         last = max(by_epoch)
         for epoch, score in by_epoch.items():
@@ -1126,7 +1126,7 @@ def second_round(chain):
         rows.append({
             "policy": name, "gold": interval(chain.golds(given)),
             "win against SFT": rate(chain.wins(given)),
-            "win against round 1": rate(chain.wins(given, chain.answers("PPO-ptx"))),
+            "win against round 1": rate(chain.wins(given, chain.responses("PPO-ptx"))),
             "score of RM 1": interval(chain.scores(given)),
             "of RM 2": interval(chain.scores(given, newer)),
             "kl": mean_kl(
@@ -1189,7 +1189,7 @@ def metadata(chain):
     rows = []
     for name in (*chain.models, "demonstrator"):
         rng, ratings, fields = random.Random(0), [], []
-        for task, (text, _) in zip(chain.tasks, chain.answers(name)):
+        for task, (text, _) in zip(chain.tasks, chain.responses(name)):
             seen = data.label(chain.world, rng.choice(chain.heldout_labelers), task, [text], rng)
             ratings += seen["ratings"]
             fields += seen["fields"]

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -737,7 +738,37 @@ def test_figures_of_missing_findings_are_left_out(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_models_of_another_seed_are_not_taken_for_this_one(report):
-    """The test prompts of seed 2 may be among those that the models of seed 1 were trained on."""
-    with pytest.raises(SystemExit, match="seed"):
-        eval.Chain(eval.Config(**{**report[1], "seed": 2}), 2)
+@pytest.mark.parametrize(
+    "flags, differs",
+    [
+        (dict(seed=2), "--seed=1 there, 2 now"),
+        (dict(scale="cpu", groups=3000), "--scale=tiny there, cpu now"),
+    ],
+)
+def test_models_of_another_seed_or_scale_are_not_taken_for_these(report, tmp_path, flags, differs):
+    """The test prompts of seed 2 may be among those that the models of seed 1 were trained on. Nothing is
+    trained on top of them either."""
+    for stage in ("base", "sft", "ppo_init", "reward"):
+        shutil.copy(os.path.join(report[0], f"{stage}.pt"), tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    config = eval.Config(**{**report[1], **flags, "out": str(tmp_path)})
+    with pytest.raises(SystemExit) as why:
+        eval.Chain(config, config.seed)
+    assert differs in str(why.value) and "\n" not in str(why.value)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("name", ["sft.jsonl", "comparisons.jsonl"])
+def test_files_that_findings_read_are_looked_for_before_any_is_measured(report, tmp_path, name):
+    for file in os.listdir(report[0]):
+        if file != name and os.path.isfile(os.path.join(report[0], file)):
+            shutil.copy(os.path.join(report[0], file), tmp_path)
+    config = eval.Config(**{**report[1], "out": str(tmp_path)})
+    with pytest.raises(SystemExit, match=f"{name} not found"):
+        eval.Chain(config, config.seed)
+
+
+def test_a_damaged_report_is_named(tmp_path):
+    (tmp_path / "report.json").write_text('{"settings": ')
+    with pytest.raises(SystemExit, match="report.json is damaged"):
+        eval.read_report(eval.Config(scale="tiny", out=str(tmp_path)))
