@@ -1291,11 +1291,12 @@ def report(config):
 def read_report(config):
     """out/report.json, empty if it is not there -> dict of settings and cells, "finding/seed" each.
     Raises SystemExit if it was made with other flags."""
-    path = os.path.join(config.out, "report.json")
-    import ppo
+    import ppo  # here, because ppo.py itself uses this file for its last table
 
+    path = os.path.join(config.out, "report.json")
     settings = {name: getattr(config, name) for name in ("scale", "items", "groups", "sweep_episodes")}
-    settings["ppo"] = asdict(ppo.Config(**ppo.SCALES[config.scale]))  # other defaults, other numbers
+    defaults = asdict(ppo.Config(**ppo.SCALES[config.scale]))  # other defaults, other numbers
+    settings.update({f"ppo {name}": value for name, value in defaults.items()})
     if not os.path.exists(path):
         return dict(settings=settings, cells={})
     try:
