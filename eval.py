@@ -458,7 +458,8 @@ class Chain:
         import ppo  # here, because ppo.py itself uses this file for its last table
 
         self.config, self.seed, self.device = config, seed, model.get_device(config.device)
-        self.out = config.out if seed == config.seed else os.path.join(config.out, f"seed-{seed}")
+        out = os.path.normpath(config.out)  # runs remember the paths they were given
+        self.out = out if seed == config.seed else os.path.join(out, f"seed-{seed}")
         self.shared = dict(scale=config.scale, seed=seed, device=config.device)
         made_with = dict(scale=config.scale, seed=seed, data="")
         # test prompts are new to the models of their seed and scale only
@@ -1396,7 +1397,8 @@ def draw(kept, out):
         axis.bar(names, [statistics.mean(w for w, _ in win) for win in wins], color="C0", alpha=0.5)
         for x, win in enumerate(wins):
             for shift, (value, half) in enumerate(win):
-                axis.errorbar(x + 0.12 * (shift - 1), value, half, color="k", marker=".", linewidth=0.8)
+                place = x + 0.12 * (shift - (len(win) - 1) / 2)
+                axis.errorbar(place, value, half, color="k", marker=".", linewidth=0.8)
         axis.axhline(0.5, color="k", linewidth=0.5)
         axis.set_ylabel("win rate against SFT (gold)")
         save_figure(figure, out, "finding-1.png")
