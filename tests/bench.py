@@ -1,0 +1,466 @@
+"""
+Benchmarks: how fast is this, beside transformers and TRL? Not a test: nothing here passes or fails.
+
+    python tests/bench.py                            everything the README's table shows; 35 minutes
+    python tests/bench.py generation ppo --sizes=A   some of it
+
+Ours and the peers that are installed (pip install transformers==5.23.0 trl==1.12.0) run in turns in one
+process on one thread (--threads), untrained networks of equal shape on equal random tokens; a figure is
+the median of five turns, a ratio the median of the five ratios of a turn. All rows have one length and no
+row ends early, so what padding and early ends save us in real work is not counted. The share of peak is
+arithmetic / time / the speed of a large matmul here. Memory is the peak of a process of its own that does
+that and nothing else, networks and libraries included.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import model
+import ppo
+import reward
+import sft
+from model import GPT, GPTConfig, ScalarGPT
+
+SIZES = dict(
+    A=GPTConfig(vocab_size=1024, block_size=128, n_layer=4, n_head=4, n_embd=128),
+    B=GPTConfig(vocab_size=50257, block_size=256, n_layer=6, n_head=6, n_embd=384),
+    C=GPTConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),  # GPT-2
+)
+PROMPT = 32  # tokens, in every benchmark
+NEW = 64  # tokens sampled, in generation; RESPONSE elsewhere
+RESPONSE = 32
+EPISODES, MINIBATCHES = 64, 4  # of PPO
+K, GROUPS = 9, 2  # responses to a prompt, prompts a step, of the reward model
+SFT_ROWS = 16
+TURNS = 5
+
+
+def times(step, count):
+    """Seconds of each of `count` calls."""
+    seconds = []
+    for _ in range(count):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def forward_flops(config, tokens, logits):
+    """Multiplications and additions of the matmuls of one row's forward: all tokens through the blocks (a
+    token attends half of them on average), logits at `logits` positions."""
+    C = config.n_embd
+    return tokens * config.n_layer * (24 * C * C + 2 * C * tokens) + logits * 2 * C * config.vocab_size
+
+
+def decode_flops(config, new):
+    """The same for `new` tokens one by one behind a prompt of PROMPT."""
+    C, attended = config.n_embd, PROMPT + new / 2
+    return new * (config.n_layer * (24 * C * C + 4 * C * attended) + 2 * C * config.vocab_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# generation: prompts of PROMPT tokens, NEW tokens each
+
+
+def generation_rows(config):
+    return 8 if config is SIZES["C"] else 64
+
+
+def generation_work(config):
+    """-> unit, items of a step, arithmetic of ours: a prefill without logits but the last, then one token
+    at a time, all earlier ones attended."""
+    rows, prefill = generation_rows(config), forward_flops(config, PROMPT, 1)
+    return "new tokens", rows * NEW, rows * (prefill + decode_flops(config, NEW))
+
+
+def generation_ours(config, device):
+    gpt = GPT(config).to(device).eval()
+    prompts = random_rows(config, generation_rows(config), PROMPT)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def step():
+        with model.autocast(torch.device(device)):
+            model.generate(gpt, prompts, NEW, 1.0, None, generator)
+
+    return lambda: times(step, 1)
+
+
+def generation_without_cache(config, device):
+    """As nanoGPT does it: all tokens again for every new one, logits of the last, multinomial."""
+    gpt = GPT(config).to(device).eval()
+    prompts = torch.tensor(random_rows(config, generation_rows(config), PROMPT), device=device)
+
+    @torch.no_grad()
+    def step():
+        tokens = prompts
+        for _ in range(NEW):
+            logits = gpt.lm_head(gpt.hidden(tokens)[:, -1])
+            tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1)], 1)
+
+    return lambda: times(step, 1)
+
+
+def generation_transformers(config, device):
+    theirs = transformers.GPT2LMHeadModel(hf_config(config)).to(device).eval()
+    prompts = torch.tensor(random_rows(config, generation_rows(config), PROMPT), device=device)
+    sampling = dict(do_sample=True, top_k=0, max_new_tokens=NEW)
+
+    def step():
+        theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **sampling)
+
+    return lambda: times(step, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# PPO: one rollout of EPISODES, then one pass in MINIBATCHES steps, without the pretraining term
+
+
+def ppo_work(config):
+    judged = forward_flops(config, PROMPT + RESPONSE, 0)
+    scored = forward_flops(config, PROMPT + RESPONSE, RESPONSE)
+    sampled = forward_flops(config, PROMPT, 1) + decode_flops(config, RESPONSE)
+    # judged by the reward and the value model, scored by policy and reference, both again with gradients
+    return "episodes", EPISODES, EPISODES * (sampled + 2 * judged + 2 * scored + 3 * judged + 3 * scored)
+
+
+def ppo_ours(config, device):
+    settings = ppo.Config(
+        rollout_size=EPISODES, minibatch_size=EPISODES // MINIBATCHES, max_new_tokens=RESPONSE, ptx_coef=0.0
+    )
+    policy = GPT(config).to(device).eval()
+    reward_model = ScalarGPT.from_gpt(policy).eval()
+    ref, value_model, ema = (copy.deepcopy(x) for x in (policy, reward_model, policy))
+    ref.requires_grad_(False), reward_model.requires_grad_(False)
+    optimizer, value_optimizer = (model.adamw(x, 1e-5) for x in (policy, value_model))
+    prompts = random_rows(config, EPISODES, PROMPT)
+    generator = torch.Generator(device).manual_seed(0)
+    tokenizer = types.SimpleNamespace(eot=-1)  # which no row ever samples
+
+    def step():
+        batch = ppo.rollout(
+            policy, ref, reward_model, value_model, prompts, tokenizer, settings, generator
+        )
+        tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
+        stats = [
+            ppo.update(
+                policy, value_model, ema, optimizer, value_optimizer,
+                {name: x[rows] for name, x in tensors.items()}, None, 1.0, settings,
+            )
+            for rows in torch.randperm(EPISODES, device=device).chunk(MINIBATCHES)
+        ]
+        ppo.measure(batch, stats, 1, settings)
+
+    return lambda: times(step, 3)
+
+
+def ppo_trl(config, device):
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    policy = transformers.GPT2LMHeadModel(hf_config(config))
+    judges = [transformers.GPT2ForSequenceClassification(hf_config(config, num_labels=1)) for _ in "rv"]
+    rows = datasets.Dataset.from_list([
+        dict(input_ids=row) for row in random_rows(config, EPISODES, PROMPT)
+    ])
+    args = PPOConfig(
+        per_device_train_batch_size=EPISODES, gradient_accumulation_steps=1, num_mini_batches=MINIBATCHES,
+        num_ppo_epochs=1, total_episodes=4 * EPISODES, response_length=RESPONSE, temperature=1.0,
+        num_sample_generations=0, **hf_arguments(),
+    )
+    trainer = PPOTrainer(
+        args, hf_tokenizer(config), policy, copy.deepcopy(policy), judges[0], rows, judges[1],
+        eval_dataset=rows, callbacks=[Stopwatch()],
+    )
+    return lambda: Stopwatch.of(trainer)
+
+
+# --------------------------------------------------------------------------------------------------
+# the reward model: GROUPS prompts a step with K responses, C(K, 2) comparisons each
+
+
+def reward_work(config):
+    forwards = GROUPS * K * forward_flops(config, PROMPT + RESPONSE, 0)
+    return "comparisons", GROUPS * K * (K - 1) // 2, 3 * forwards
+
+
+def random_groups(config):
+    rows = random_rows(config, GROUPS * K, PROMPT + RESPONSE)
+    return [rows[i * K : (i + 1) * K] for i in range(GROUPS)]
+
+
+def reward_ours(config, device):
+    network = ScalarGPT.from_gpt(GPT(config).to(device))
+    optimizer = model.adamw(network, 1e-5)
+    groups = [(rows, list(range(1, K + 1))) for rows in random_groups(config)]
+    settings = reward.Config()
+
+    def step():
+        reward.train_step(network, optimizer, groups, 1e-5, settings, torch.device(device))
+
+    return lambda: times(step, 6)
+
+
+def reward_trl(config, device):
+    """The same comparisons, one by one: two forwards each."""
+    better = [(i, j) for i in range(K) for j in range(i + 1, K)]
+    pairs = [
+        dict(chosen_ids=rows[i], rejected_ids=rows[j]) for rows in random_groups(config) for i, j in better
+    ]
+    args = trl.RewardConfig(
+        per_device_train_batch_size=len(pairs), max_steps=4, gradient_checkpointing=False,
+        **hf_arguments(),
+    )
+    trainer = trl.RewardTrainer(
+        transformers.GPT2ForSequenceClassification(hf_config(config, num_labels=1)), args,
+        train_dataset=datasets.Dataset.from_list(pairs * 4), processing_class=hf_tokenizer(config),
+        callbacks=[Stopwatch()],
+    )
+    return lambda: Stopwatch.of(trainer)
+
+
+# --------------------------------------------------------------------------------------------------
+# SFT: SFT_ROWS demonstrations a step, loss on the responses; the tokens of prompts count as well
+
+
+def sft_work(config):
+    forwards = SFT_ROWS * forward_flops(config, PROMPT + RESPONSE, RESPONSE)
+    return "tokens", SFT_ROWS * (PROMPT + RESPONSE), 3 * forwards
+
+
+def sft_ours(config, device):
+    gpt = GPT(config).to(device).train()
+    optimizer = model.adamw(gpt, 1e-5)
+    rows = random_rows(config, SFT_ROWS, PROMPT + RESPONSE)
+    pairs = [(row[:PROMPT], row[PROMPT:]) for row in rows]
+
+    def step():
+        tokens, mask = (x.to(device) for x in sft.demonstration_batch(pairs))
+        with model.autocast(torch.device(device)):
+            loss = sft.lm_loss(gpt, tokens, mask)
+        model.check_finite(loss.item(), 1, "")
+        loss.backward()
+        model.optimizer_step(optimizer, gpt, 1e-5, 1.0)
+
+    return lambda: times(step, 20)
+
+
+def sft_trl(config, device, checkpointing=False):
+    args = trl.SFTConfig(
+        per_device_train_batch_size=SFT_ROWS, max_steps=20, gradient_checkpointing=checkpointing,
+        **hf_arguments(),
+    )
+    rows = [
+        dict(input_ids=row, labels=[-100] * PROMPT + row[PROMPT:])
+        for row in random_rows(config, 20 * SFT_ROWS, PROMPT + RESPONSE)
+    ]
+    trainer = trl.SFTTrainer(
+        transformers.GPT2LMHeadModel(hf_config(config)), args,
+        train_dataset=datasets.Dataset.from_list(rows), processing_class=hf_tokenizer(config),
+        callbacks=[Stopwatch()],
+    )
+    return lambda: Stopwatch.of(trainer)
+
+
+def sft_trl_checkpointing(config, device):
+    return sft_trl(config, device, checkpointing=True)
+
+
+# name: sizes, work, contestants: each a function of the GPTConfig and the device that returns one without
+# arguments, which makes some steps and returns the seconds of each
+BENCHMARKS = dict(
+    generation=("ABC", generation_work, {
+        "ours": generation_ours, "transformers": generation_transformers,
+        "without a cache": generation_without_cache,
+    }),
+    ppo=("AB", ppo_work, {"ours": ppo_ours, "TRL": ppo_trl}),
+    reward=("A", reward_work, {"ours": reward_ours, "TRL": reward_trl}),
+    sft=("A", sft_work, {
+        "ours": sft_ours, "TRL": sft_trl, "TRL, with its default checkpointing": sft_trl_checkpointing,
+    }),
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# the peers
+
+
+def load_peers():
+    """Bind transformers, trl and datasets, or None where they are not installed."""
+    global transformers, trl, datasets, Stopwatch
+    os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
+    logging.disable(logging.WARNING)
+    transformers = trl = datasets = None
+    try:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        import datasets
+        import trl
+
+        datasets.disable_progress_bars()
+    except ImportError as missing:
+        print(f"without {missing.name}: pip install transformers==5.23.0 trl==1.12.0 to compare with it")
+        return
+
+    class Stopwatch(transformers.TrainerCallback):
+        """The seconds between the ends of a trainer's steps: its loop, logging and data loading, not
+        its start."""
+
+        def on_step_end(self, args, state, control, **_):
+            self.ends.append(time.perf_counter())
+
+        @classmethod
+        def of(cls, trainer):
+            watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, cls))
+            watch.ends = []
+            trainer.train()
+            return [b - a for a, b in zip(watch.ends, watch.ends[1:])]
+
+    globals()["Stopwatch"] = Stopwatch
+
+
+def hf_config(config, **more):
+    return transformers.GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer,
+        n_head=config.n_head, n_embd=config.n_embd, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=None, eos_token_id=None, pad_token_id=config.vocab_size - 1, **more,
+    )
+
+
+def hf_tokenizer(config):
+    """Words w0, w1, ...: the trainers ask for one, the data is in ids already."""
+    import tokenizers
+
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), eos_token=f"w{config.vocab_size - 2}",
+        pad_token=f"w{config.vocab_size - 1}",
+    )
+
+
+def hf_arguments():
+    return dict(
+        output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), logging_steps=10**6,
+        learning_rate=1e-5,
+    )
+
+
+def random_rows(config, rows, tokens):
+    """Lists of ids, the last two left out: eos and padding of the peers."""
+    return torch.randint(config.vocab_size - 2, (rows, tokens)).tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# measuring
+
+
+def matmul_peak(device):
+    """Floating-point operations a second of a matmul of 2048 x 2048: best of seven."""
+    x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
+    return 2 * 2048**3 / min(times(lambda: x @ x, 7))
+
+
+def compare(name, size, device, only):
+    """Run the contestants of a benchmark in turns -> rows of the table."""
+    _, work, contestants = BENCHMARKS[name]
+    unit, items, flops = work(SIZES[size])
+    runs = {}
+    for who, build in contestants.items():
+        if who == "ours" or (only in who and (trl if "TRL" in who else transformers or "cache" in who)):
+            torch.manual_seed(0)
+            runs[who] = build(SIZES[size], device)
+            runs[who]()  # warm up: thread pools, allocator, kernels
+    seconds = {who: [] for who in runs}
+    for _ in range(TURNS):
+        for who, run in runs.items():
+            seconds[who].append(statistics.median(run()))
+    share = flops / statistics.median(seconds["ours"]) / matmul_peak(device)
+    rows = []
+    for who in runs:
+        ratios = [theirs / ours for theirs, ours in zip(seconds[who], seconds["ours"])]
+        rows.append(dict(
+            benchmark=name, size=size, unit=unit, who=who, rate=items / statistics.median(seconds[who]),
+            ratio=statistics.median(ratios), lowest=min(ratios), highest=max(ratios),
+            share_of_peak=share if who == "ours" else None,
+            memory_gb=memory(name, size, who) if name == "ppo" else None,
+        ))
+    return rows
+
+
+def memory(name, size, who):
+    """Peak memory in GB of a process that runs one contestant."""
+    command = [sys.executable, __file__, name, f"--sizes={size}", f"--alone={who}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def table(rows):
+    lines = ["| | size | ours, a second | share of peak | memory | peer | theirs | memory | ours is |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    gb = lambda row: f"{row['memory_gb']:.2f} GB" if row["memory_gb"] else ""
+    for row in rows:
+        if row["who"] == "ours":
+            ours = row
+            continue
+        lines.append(
+            f"| {row['benchmark']} | {row['size']} | {ours['rate']:,.0f} {row['unit']} | {ours['share_of_peak']:.0%} "
+            f"| {gb(ours)} | {row['who']} | {row['rate']:,.0f} | {gb(row)} "
+            f"| **{row['ratio']:.2f}x** ({row['lowest']:.2f} to {row['highest']:.2f}) |"
+        )
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("benchmarks", nargs="*", help=f"of {', '.join(BENCHMARKS)}; none: all")
+    parser.add_argument("--sizes", default="ABC", help="letters of A, B, C")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", default="", help="peers with this in their name")
+    parser.add_argument("--json", default="", help="write the rows there too")
+    parser.add_argument("--alone", default="", help="run this contestant only and print its peak memory")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.alone != "ours":
+        load_peers()
+    if args.alone:
+        name, size = args.benchmarks[0], args.sizes
+        BENCHMARKS[name][2][args.alone](SIZES[size], args.device)()
+        print(model.peak_memory_gb())
+        return
+    rows = []
+    for name in args.benchmarks or BENCHMARKS:
+        for size in sorted(set(args.sizes) & set(BENCHMARKS[name][0])):
+            found = compare(name, size, args.device, args.only)
+            print("\n".join(table(found)[2:]) or f"{name} {size}: {found[0]['rate']:,.0f} {found[0]['unit']}/s", flush=True)
+            rows += found
+    print("\n".join(table(rows)))
+    packages = [x for x, there in (("transformers", transformers), ("trl", trl)) if there]
+    versions = ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ["torch", *packages])
+    peak = matmul_peak(args.device) / 1e9
+    print(f"{args.threads} thread, {peak:,.0f} GFLOP/s in a large matmul; {versions}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
