@@ -16,6 +16,7 @@ P longest prompt, R longest response, U different prompts, S slots of the cache,
 The last section holds the small plumbing that every script shares: flags, checkpoints, log lines.
 """
 
+import ctypes
 import difflib
 import json
 import math
@@ -34,6 +35,12 @@ try:
     import resource
 except ImportError:  # Windows has none
     resource = None
+
+# Large tensors, the logits above all, come and go at every step. By default glibc gives their memory back
+# and the system clears each page again: a fifth of the time of PPO at a vocabulary of 50,257
+if sys.platform == "linux":
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX: no mmap; M_TRIM_THRESHOLD: keep up to 2 GB
 
 # Adam's moments of words that never occur shrink towards 0; on a CPU arithmetic on denormal numbers is
 # up to 100 times slower, and after some 1,700 steps most of a step was that
@@ -76,7 +83,7 @@ def rotate(x, angles):
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention, x (B, T, C) -> (B, T, C). angles (B or 1, T, hs // 4) are the rotary ones
-    or None; with a cache, x continues the tokens that it holds."""
+    or None; with a cache, x is the prompt, or one token that continues what it holds."""
 
     def __init__(self, config):
         super().__init__()
@@ -91,12 +98,37 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
-        if cache is None:
+        if cache is not None:
+            keys, values = cache.extend(self, k, v)  # (B, nh, S, hs)
+        if T > 1 or cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         else:
-            k, v = cache.extend(self, k, v)  # (B, nh, S, hs)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
+            # one query over all slots: twice as quick on a CPU as the fused kernel over the filled ones
+            scores = (q * q.size(-1) ** -0.5) @ keys.transpose(2, 3) + cache.bias  # (B, nh, 1, S)
+            y = scores.softmax(-1).to(v.dtype) @ values  # (B, nh, 1, hs)
         return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class GELU(torch.autograd.Function):
+    """GPT-2's tanh form of GELU as x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3): 0.5 * (1 + tanh u)
+    is sigmoid(2u). On a CPU F.gelu(approximate="tanh") takes 1.9 times as long, for tanh is slow there."""
+
+    A = 2 * math.sqrt(2 / math.pi)
+    B = A * 0.044715  # 2u = A x + B x^3
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.addcmul(x.new_tensor(GELU.A), x, x, value=GELU.B).mul_(x).sigmoid_()
+        if not ctx.needs_input_grad[0]:
+            return s.mul_(x)
+        ctx.save_for_backward(x, s)
+        return s * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, s = ctx.saved_tensors
+        slope = torch.addcmul(x.new_tensor(GELU.A), x, x, value=3 * GELU.B).mul_(x)  # x * d(2u)/dx
+        return slope.addcmul_(slope, s, value=-1).add_(1).mul_(s).mul_(gradient)
 
 
 class MLP(nn.Module):
@@ -109,11 +141,14 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(GELU.apply(self.c_fc(x))))
 
 
 class Block(nn.Module):
-    """x (B, T, C) -> (B, T, C): attention, then MLP, each reading through a LayerNorm, added to x."""
+    """x (B, T, C) -> (B, T, C): attention, then MLP, each reading through a LayerNorm, added to x.
+
+    With where (B, T) bool the MLP runs at those positions only -> (N, C).
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -122,8 +157,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, angles, cache):
+    def forward(self, x, angles, cache, where=None):
         x = x + self.attn(self.ln_1(x), angles, cache)
+        x = x if where is None else x[where]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -165,8 +201,13 @@ class GPT(nn.Module):
                 with torch.no_grad():
                     module.attn.c_attn.weight[C : C + hs] = module.attn.c_attn.weight[:hs]
 
-    def hidden(self, tokens, cache=None):
-        """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens continue its own."""
+    def hidden(self, tokens, cache=None, where=None):
+        """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens are the whole prompt, or
+        one token (T = 1) that continues its own.
+
+        With where (B, T) bool: at those positions only (N, C), which spares the others the MLP of the
+        last block.
+        """
         config, device = self.config, tokens.device
         positions = (
             torch.arange(tokens.size(1), device=device)[None] if cache is None else cache.positions
@@ -176,8 +217,10 @@ class GPT(nn.Module):
             angles = positions[..., None] * self.frequencies  # (1 or B, T, hs // 4)
         else:
             x, angles = x + self.transformer.wpe(positions), None
-        for block in self.transformer.h:
+        *blocks, last = self.transformer.h
+        for block in blocks:
             x = block(x, angles, cache)
+        x = last(x, angles, cache, where)
         return self.transformer.ln_f(x)
 
     def forward(self, tokens):
@@ -311,9 +354,10 @@ class ScalarGPT(nn.Module):
         body.load_state_dict(gpt.state_dict())
         return cls(body).to(gpt.lm_head.weight.device)
 
-    def forward(self, tokens):
-        """tokens (B, T) -> one scalar per position (B, T); position t has read tokens[:, :t + 1]."""
-        return self.head(self.body.hidden(tokens)).squeeze(-1)
+    def forward(self, tokens, where=None):
+        """tokens (B, T) -> one scalar per position (B, T), or (N,) where the bool mask (B, T) is True;
+        position t has read tokens[:, :t + 1]."""
+        return self.head(self.body.hidden(tokens, where=where)).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,17 +373,76 @@ def token_logprobs(logits, tokens, temperature=1.0):
     return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
+def unembed(hidden, weight):
+    """hidden (N, C), weight (V, C) -> logits (N, V), without gradients."""
+    plain = hidden.is_cuda or hidden.dtype != torch.float32 or len(weight) < 4096
+    if plain or not torch.backends.mkldnn.is_available():
+        return F.linear(hidden, weight)
+    # oneDNN in place of MKL: 1.5 times as quick for 64 rows and GPT-2's vocabulary
+    return F.linear(hidden.to_mkldnn(), weight).to_dense()
+
+
+class ActionLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[actions]: hidden (N, C), weight (V, C), actions (N,) -> (N,), nats.
+
+    What autograd would do, but logits (N, V) are never held: they are made some rows at a time, and once
+    more for the gradient. With a vocabulary of 50,257 they would be most of the memory, and reading and
+    writing them a third of the time of an update.
+    """
+
+    NUMBERS = 2**23  # logits at a time: 167 rows of GPT-2's vocabulary
+
+    @staticmethod
+    def pieces(weight, *tensors):
+        rows = max(1, ActionLogprobs.NUMBERS // weight.size(0))
+        return zip(*(tensor.split(rows) for tensor in tensors))
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda")
+    def forward(ctx, hidden, weight, actions):
+        logprobs = torch.empty(actions.shape, device=hidden.device)
+        for h, a, out in ActionLogprobs.pieces(weight, hidden, actions, logprobs):
+            every = F.log_softmax(unembed(h, weight).float(), dim=-1)  # (n, V)
+            out.copy_(every.gather(1, a[:, None]).squeeze(1))
+        whole = [every] if len(every) == len(hidden) else []  # a single piece is not made again
+        ctx.save_for_backward(hidden, weight, actions, *whole)
+        return logprobs
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")
+    def backward(ctx, gradient):
+        hidden, weight, actions, *whole = ctx.saved_tensors
+        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        pieces = ActionLogprobs.pieces(weight, hidden, actions, gradient, to_hidden)
+        for h, a, g, out in pieces:
+            # d logprob / d logits = onehot(action) - softmax(logits)
+            softmax = whole[0].exp() if whole else F.softmax(unembed(h, weight).float(), dim=-1)
+            to_logits = softmax.mul_(-g[:, None]).scatter_add_(1, a[:, None], g[:, None])  # (n, V)
+            to_logits = to_logits.to(h.dtype)
+            out.copy_(to_logits @ weight)
+            to_weight.addmm_(to_logits.T, h)
+        return to_hidden, to_weight, None
+
+
 def masked_logprobs(gpt, tokens, mask, temperature=1.0):
     """token_logprobs(gpt(tokens), tokens, temperature) where mask is True, 0 elsewhere, nats.
 
     tokens (B, T), mask (B, T-1) -> (B, T-1). Logits are made at the unmasked positions only: with a
     small model the vocabulary is most of the work.
     """
-    hidden = gpt.hidden(tokens)[:, :-1][mask]  # (N, C)
-    logprobs = F.log_softmax(gpt.lm_head(hidden).float() / temperature, dim=-1)  # (N, V)
-    actions = tokens[:, 1:][mask]  # (N,)
-    logprobs = logprobs.gather(-1, actions[:, None]).squeeze(-1)  # (N,)
+    hidden = gpt.hidden(tokens, where=F.pad(mask, (0, 1)))  # (N, C)
+    # logits / temperature, dividing C numbers in place of V
+    logprobs = ActionLogprobs.apply(hidden / temperature, gpt.lm_head.weight, tokens[:, 1:][mask])
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+
+
+def masked_values(value_model, tokens, mask):
+    """The value of the state before each unmasked action, 0 elsewhere, score units.
+
+    tokens (B, T), mask (B, T-1) -> (B, T-1); column t has read tokens[:, :t + 1].
+    """
+    values = value_model(tokens, where=F.pad(mask, (0, 1))).float()  # (N,)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,8 +452,7 @@ def masked_logprobs(gpt, tokens, mask, temperature=1.0):
 class Cache:
     """Keys and values of every token seen so far, in buffers made once: (B, nh, S, hs) for each layer.
 
-    Rows stand at different lengths: the new tokens of row b go to the slots `positions[b]` and see the
-    slots up to their own.
+    Rows stand at different lengths: the new tokens of row b go to the slots `positions[b]`.
     """
 
     def __init__(self, gpt, rows, slots):
@@ -360,24 +462,26 @@ class Cache:
             if torch.is_autocast_enabled(weight.device.type)
             else weight.dtype
         )
+        self.slots = slots
         shape = (rows, config.n_head, slots, config.n_embd // config.n_head)
         self.buffers = {
             block.attn: [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in "kv"]
             for block in gpt.transformer.h
         }
 
-    def advance(self, positions, end):
-        """The next tokens go to the slots positions (B, T), all of them below `end`."""
-        self.positions, self.end = positions, end
-        slots = torch.arange(end, device=positions.device)
-        self.mask = slots <= positions[:, None, :, None]  # (B, 1, T, S)
+    def advance(self, positions):
+        """The next tokens go to the slots positions (B, T) and see those up to their own."""
+        self.positions = positions
+        unseen = torch.arange(self.slots, device=positions.device) > positions[:, -1:]  # (B, S)
+        self.bias = torch.zeros(unseen.shape, device=positions.device).masked_fill(unseen, -math.inf)
+        self.bias = self.bias[:, None, None]  # (B, 1, 1, S), added to the scores of a single query
 
     def extend(self, layer, k, v):
-        """Write k, v (B, nh, T, hs) to the slots of advance() -> all keys and values up to `end`."""
+        """Write k, v (B, nh, T, hs) to the slots of advance() -> keys and values of all slots."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
         for buffer, new in zip(self.buffers[layer], (k, v)):
             buffer[rows, :, self.positions] = new.transpose(1, 2).to(buffer.dtype)  # (B, T, nh, hs)
-        return [buffer[:, :, : self.end].to(k.dtype) for buffer in self.buffers[layer]]
+        return self.buffers[layer]
 
     def select(self, rows):
         """Keep these rows, in this order; a row may be taken more than once."""
@@ -390,7 +494,8 @@ def sample(logits, temperature, generator):
     the cumulative distribution."""
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1)  # (B, V)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    cumulative = F.softmax(logits, dim=-1).cumsum(-1)  # (B, V)
     u = torch.rand(len(logits), 1, device=logits.device, generator=generator) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp_(max=logits.size(-1) - 1)
 
@@ -420,10 +525,11 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
     rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
     tokens, lengths = pad(unique, device)  # (U, P), (U,)
     cache = Cache(gpt, len(unique), longest + max_new_tokens)
-    cache.advance(torch.arange(longest, device=device).expand(len(unique), -1), longest)
-    hidden = gpt.hidden(tokens, cache)[torch.arange(len(unique), device=device), lengths - 1]  # (U, C)
-    logits = gpt.lm_head(hidden)[rows]  # (B, V)
-    cache.select(rows)
+    cache.advance(torch.arange(longest, device=device).expand(len(unique), -1))
+    last = torch.arange(longest, device=device) == lengths[:, None] - 1  # (U, P)
+    logits = unembed(gpt.hidden(tokens, cache, last), gpt.lm_head.weight)[rows]  # (B, V)
+    if len(unique) < len(prompts):
+        cache.select(rows)
     tokens, lengths = F.pad(tokens[rows], (0, max_new_tokens)), lengths[rows]  # (B, P+R), (B,)
 
     rows = torch.arange(len(prompts), device=device)  # the rows still in the batch
@@ -442,8 +548,8 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
                 rows, new, ended = rows[~ended], new[~ended], ended[~ended]
         if step + 1 < max_new_tokens:
             # an ended row may stand one slot behind; what it computes is thrown away
-            cache.advance((lengths[rows] - 1)[:, None], longest + step + 1)
-            logits = gpt.lm_head(gpt.hidden(new[:, None], cache)[:, -1])
+            cache.advance((lengths[rows] - 1)[:, None])
+            logits = unembed(gpt.hidden(new[:, None], cache)[:, -1], gpt.lm_head.weight)
     return tokens[:, : int(lengths.max())], lengths
 
 
@@ -549,6 +655,8 @@ def get_device(name):
         name == "cpu" or torch.cuda.is_available(),
         f"--device={name}: no CUDA device is there: use --device=cpu",
     )
+    if name != "cpu":
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
     return torch.device(name)
 
 

@@ -71,7 +71,7 @@ class Config:
 
     # ppo
     minibatch_size: int = 32  # responses per optimizer step: 8 minibatches to a rollout (paper: 64)
-    microbatch_size: int = 8  # responses per forward, of similar length: less padding, same numbers
+    microbatch_size: int = 16  # responses per forward, of similar length: less padding, same numbers
     ppo_epochs: int = 1  # passes over a rollout, as the paper
     gamma: float = 1.0  # no discount, as the paper
     lam: float = 0.95  # GAE lambda; not in the paper, 0.95 in its predecessors and successors
@@ -232,7 +232,7 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
     values, advantages (whitened), returns (B, T-1); seconds_generate, seconds_score.
     """
     device = policy.lm_head.weight.device
-    size = 4 * config.microbatch_size  # rows at a time: without gradients four times as many fit
+    size = config.microbatch_size
     started = time.monotonic()
     with model.autocast(device):
         # 1. sample; eot is an action like any other, what would follow it is never made
@@ -243,10 +243,11 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         mask = model.response_mask(prompt_lengths, lengths, tokens.size(1))
         # 2. score prompt and response at the last token; a response that did not end loses a constant
-        last = torch.arange(1, tokens.size(1), device=device) == lengths[:, None] - 1  # (B, T-1)
-        # (B, T-1): the scalar after each action
-        judged = by_length(lambda t, m: reward_model(t)[:, 1:].float(), tokens, lengths, mask, size)
-        scores = gold(tokens, prompt_lengths, lengths) if gold else (judged * last).sum(1)  # (B,)
+        if gold:
+            scores = gold(tokens, prompt_lengths, lengths)  # (B,)
+        else:
+            rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
+            scores = reward.score_rows(reward_model, rows, device).float()  # (B,)
         ended = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == tokenizer.eot
         penalised = scores - config.eot_penalty * ~ended
         # 3. log-probabilities, in the numerics of the update so that its first ratio is 1, and those
@@ -258,7 +259,9 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
             )
             for gpt in (policy, ref)
         )
-        values = by_length(lambda t, m: value_model(t)[:, :-1].float() * m, tokens, lengths, mask, size)
+        values = by_length(
+            lambda t, m: model.masked_values(value_model, t, m), tokens, lengths, mask, size
+        )
     # 4. the reward of each token
     rewards = kl_shaped_rewards(penalised, logprobs, ref_logprobs, mask, config.beta)
     # 5. advantages and returns, then whitening: returns keep the scale of the rewards
@@ -493,7 +496,9 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     update_ema(ema, policy, config.ema)
     # value: its own network, its own step
     with model.autocast(device):
-        new_values = by_length(lambda t, m: value_model(t)[:, :-1].float(), tokens, lengths, mask, size)
+        new_values = by_length(
+            lambda t, m: model.masked_values(value_model, t, m), tokens, lengths, mask, size
+        )
     v_loss = value_loss(
         new_values, minibatch["values"], minibatch["returns"], mask, config.cliprange_value
     )

@@ -104,10 +104,11 @@ def score(reward_model, tokens, lengths):
 
     tokens (B, T), lengths (B,) -> (B,), score units.
     """
-    return reward_model(tokens).gather(1, lengths[:, None] - 1).squeeze(1)
+    last = torch.arange(tokens.size(1), device=tokens.device) == lengths[:, None] - 1  # (B, T)
+    return reward_model(tokens, last)
 
 
-def score_rows(reward_model, rows, device, piece=24):
+def score_rows(reward_model, rows, device, piece=16):
     """N lists of ids -> scores (N,), in pieces of similar length, each cut to its longest: 1.5x quicker
     than one padded batch."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))

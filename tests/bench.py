@@ -4,26 +4,30 @@ Benchmarks: how fast is this, beside transformers and TRL? Not a test: nothing h
     python tests/bench.py                            everything the README's table shows; 35 minutes
     python tests/bench.py generation ppo --sizes=A   some of it
 
-Ours and the peers that are installed (pip install transformers==5.23.0 trl==1.12.0) run in turns in one
-process on one thread (--threads), untrained networks of equal shape on equal random tokens; a figure is
-the median of five turns, a ratio the median of the five ratios of a turn. All rows have one length and no
-row ends early, so what padding and early ends save us in real work is not counted. The share of peak is
-arithmetic / time / the speed of a large matmul here. Memory is the peak of a process of its own that does
-that and nothing else, networks and libraries included.
+Ours and the peers that are installed (pip install transformers==5.23.0 trl==1.12.0) take turns, each in
+a process of its own on one thread (--threads): untrained networks of equal shape on random tokens. A
+figure is the median of five turns, a ratio the median of the ratios of the five turns. All rows have one
+length and none ends early, so what we save on real text by not computing padding is not in it. The share
+of peak is our arithmetic / time / the speed of a large matmul on this machine. Memory is the peak of the
+process, libraries included.
 """
 
 import argparse
+import contextlib
 import copy
 import importlib.metadata
+import io
 import json
 import logging
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import types
+import warnings
 from pathlib import Path
 
 import torch
@@ -307,6 +311,7 @@ def load_peers():
     global transformers, trl, datasets, Stopwatch
     os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
     logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
     transformers = trl = datasets = None
     try:
         import transformers
@@ -330,8 +335,10 @@ def load_peers():
         @classmethod
         def of(cls, trainer):
             watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, cls))
+            trainer.remove_callback(transformers.PrinterCallback)
             watch.ends = []
-            trainer.train()
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.train()
             return [b - a for a, b in zip(watch.ends, watch.ends[1:])]
 
     globals()["Stopwatch"] = Stopwatch
@@ -379,53 +386,79 @@ def matmul_peak(device):
     return 2 * 2048**3 / min(times(lambda: x @ x, 7))
 
 
-def compare(name, size, device, only):
+class Contestant:
+    """One contestant in a process of its own: what one of them sets, or allocates, is not the others'."""
+
+    def __init__(self, name, size, who, args):
+        flags = [f"--sizes={size}", f"--threads={args.threads}", f"--device={args.device}", f"--alone={who}"]
+        # by way of a shell that stays: Linux counts the memory of the parent as a child's peak
+        command = shlex.join([sys.executable, __file__, name, *flags]) + "; exit $?"
+        self.process = subprocess.Popen(
+            command, shell=True, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self.turns = []
+        self.turn()  # warm up: thread pools, allocator, kernels
+        self.turns.clear()
+
+    def turn(self):
+        print("turn", file=self.process.stdin, flush=True)
+        self.turns.append(float(self.process.stdout.readline()))
+
+    def memory_gb(self):
+        self.process.stdin.close()
+        return float(self.process.stdout.readline())
+
+
+def alone(name, size, who, device):
+    """The other side of Contestant: a line of seconds for every line that comes, then the peak memory."""
+    torch.manual_seed(0)
+    build = BENCHMARKS[name][2][who]
+    run = build(SIZES[size], device)
+    for _ in sys.stdin:
+        print(statistics.median(run()), flush=True)
+    print(model.peak_memory_gb())
+
+
+def compare(name, size, args):
     """Run the contestants of a benchmark in turns -> rows of the table."""
-    _, work, contestants = BENCHMARKS[name]
-    unit, items, flops = work(SIZES[size])
-    runs = {}
-    for who, build in contestants.items():
-        if who == "ours" or (only in who and (trl if "TRL" in who else transformers or "cache" in who)):
-            torch.manual_seed(0)
-            runs[who] = build(SIZES[size], device)
-            runs[who]()  # warm up: thread pools, allocator, kernels
-    seconds = {who: [] for who in runs}
+    unit, items, flops = BENCHMARKS[name][1](SIZES[size])
+    missing = [peer for peer, there in (("transformers", transformers), ("TRL", trl)) if not there]
+    contestants = {
+        who: Contestant(name, size, who, args)
+        for who in BENCHMARKS[name][2]
+        if who == "ours" or (args.only in who and not who.startswith(tuple(missing)))
+    }
     for _ in range(TURNS):
-        for who, run in runs.items():
-            seconds[who].append(statistics.median(run()))
-    share = flops / statistics.median(seconds["ours"]) / matmul_peak(device)
+        for contestant in contestants.values():
+            contestant.turn()
+    ours = contestants["ours"].turns
+    share = flops / statistics.median(ours) / matmul_peak(args.device)
     rows = []
-    for who in runs:
-        ratios = [theirs / ours for theirs, ours in zip(seconds[who], seconds["ours"])]
+    for who, contestant in contestants.items():
+        ratios = [theirs / mine for theirs, mine in zip(contestant.turns, ours)]
         rows.append(dict(
-            benchmark=name, size=size, unit=unit, who=who, rate=items / statistics.median(seconds[who]),
-            ratio=statistics.median(ratios), lowest=min(ratios), highest=max(ratios),
-            share_of_peak=share if who == "ours" else None,
-            memory_gb=memory(name, size, who) if name == "ppo" else None,
+            benchmark=name, size=size, unit=unit, who=who,
+            rate=items / statistics.median(contestant.turns), ratio=statistics.median(ratios),
+            lowest=min(ratios), highest=max(ratios), share_of_peak=share if who == "ours" else None,
+            memory_gb=contestant.memory_gb(),
         ))
     return rows
 
 
-def memory(name, size, who):
-    """Peak memory in GB of a process that runs one contestant."""
-    command = [sys.executable, __file__, name, f"--sizes={size}", f"--alone={who}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
-
-
 def table(rows):
-    lines = ["| | size | ours, a second | share of peak | memory | peer | theirs | memory | ours is |"]
+    lines = ["| | size | ours, a second | share of peak | memory | beside | a second | memory | ours is |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
-    gb = lambda row: f"{row['memory_gb']:.2f} GB" if row["memory_gb"] else ""
     for row in rows:
         if row["who"] == "ours":
             ours = row
             continue
-        lines.append(
-            f"| {row['benchmark']} | {row['size']} | {ours['rate']:,.0f} {row['unit']} | {ours['share_of_peak']:.0%} "
-            f"| {gb(ours)} | {row['who']} | {row['rate']:,.0f} | {gb(row)} "
-            f"| **{row['ratio']:.2f}x** ({row['lowest']:.2f} to {row['highest']:.2f}) |"
-        )
+        cells = [
+            row["benchmark"], row["size"], f"{ours['rate']:,.0f} {row['unit']}",
+            f"{ours['share_of_peak']:.0%}", f"{ours['memory_gb']:.2f} GB", row["who"],
+            f"{row['rate']:,.0f}", f"{row['memory_gb']:.2f} GB",
+            f"**{row['ratio']:.2f}x** ({row['lowest']:.2f} to {row['highest']:.2f})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -437,21 +470,20 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", default="", help="peers with this in their name")
     parser.add_argument("--json", default="", help="write the rows there too")
-    parser.add_argument("--alone", default="", help="run this contestant only and print its peak memory")
+    parser.add_argument("--alone", default="", help="one contestant, asked by the main process")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.alone != "ours":
+    if args.alone not in ("ours", "without a cache"):
         load_peers()
     if args.alone:
-        name, size = args.benchmarks[0], args.sizes
-        BENCHMARKS[name][2][args.alone](SIZES[size], args.device)()
-        print(model.peak_memory_gb())
+        alone(args.benchmarks[0], args.sizes, args.alone, args.device)
         return
     rows = []
     for name in args.benchmarks or BENCHMARKS:
         for size in sorted(set(args.sizes) & set(BENCHMARKS[name][0])):
-            found = compare(name, size, args.device, args.only)
-            print("\n".join(table(found)[2:]) or f"{name} {size}: {found[0]['rate']:,.0f} {found[0]['unit']}/s", flush=True)
+            found = compare(name, size, args)
+            rate = f"{name} {size}: {found[0]['rate']:,.1f} {found[0]['unit']} a second"
+            print("\n".join(table(found)[2:]) or rate, flush=True)
             rows += found
     print("\n".join(table(rows)))
     packages = [x for x, there in (("transformers", transformers), ("trl", trl)) if there]

@@ -72,7 +72,8 @@ def test_mean_kl_counts_response_tokens_only_and_is_positive_for_what_the_policy
 
 
 def test_scores_read_prompt_and_response_up_to_the_last_token():
-    last_id = lambda tokens: tokens.float()  # a reward model by hand: position t scores the id it stands on
+    # a reward model by hand: position t scores the id it stands on
+    last_id = lambda tokens, where: tokens[where].float()
     responses = [("", [3, 4]), ("", [9]), ("", [5, 6, 7])]
     found = eval.scores(last_id, Letters(), ["ab", "c", "a"], responses, torch.device("cpu"))
     assert found == [4.0, 9.0, 7.0]

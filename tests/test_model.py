@@ -233,6 +233,47 @@ def test_masked_logprobs_have_the_gradient_of_token_logprobs():
         close(p.grad, expected[name], 1e-4)
 
 
+@pytest.mark.parametrize("numbers", [1, 11, 33, 55, 2**23])  # 1, 1, 3 and all 5 rows of logits at a time
+def test_action_logprobs_and_their_gradients_are_autograds(monkeypatch, numbers):
+    """However few logits are held at a time: beside a plain log_softmax, in numbers and gradients."""
+    monkeypatch.setattr(model.ActionLogprobs, "NUMBERS", numbers)
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
+    actions, weighing = torch.tensor([0, 10, 3, 3, 7]), torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
+    found = model.ActionLogprobs.apply(hidden, weight, actions)
+    expected = (hidden @ weight.T).log_softmax(-1)[torch.arange(5), actions]
+    close(found, expected.detach(), 1e-5)
+    gradients = [torch.autograd.grad((x * weighing).sum(), (hidden, weight)) for x in (found, expected)]
+    for mine, autograds in zip(*gradients):
+        close(mine, autograds, 1e-5)
+
+
+def test_unembed_is_a_matmul_at_a_large_vocabulary_too():
+    for vocab_size in (7, 5000):
+        hidden, weight = torch.randn(3, 8), torch.randn(vocab_size, 8)
+        close(model.unembed(hidden, weight), hidden @ weight.T, 1e-5)
+
+
+def test_gelu_is_torchs_tanh_form_and_so_is_its_gradient():
+    x = torch.linspace(-9, 9, 181, dtype=torch.double, requires_grad=True)
+    expected = torch.nn.functional.gelu(x, approximate="tanh")
+    close(model.GELU.apply(x), expected.detach(), 1e-7)
+    close(model.GELU.apply(x.detach()), expected.detach(), 1e-7)  # no gradient wanted: made in place
+    slopes = [torch.autograd.grad(y.sum(), x)[0] for y in (model.GELU.apply(x), expected)]
+    close(*slopes, 1e-7)
+
+
+def test_hidden_at_some_positions_is_all_of_it_there():
+    gpt, scalar = tiny_gpt(), tiny_scalar()
+    where = torch.tensor([[True, False, False, True, False, True], [False] * 5 + [True]])
+    close(gpt.hidden(TOKENS, where=where), gpt.hidden(TOKENS)[where], 1e-5)
+    close(scalar(TOKENS, where), scalar(TOKENS)[where], 1e-5)
+
+
+def test_masked_values_are_those_of_the_states_before_the_actions():
+    scalar = tiny_scalar()
+    close(model.masked_values(scalar, TOKENS, MASK), scalar(TOKENS)[:, :-1] * MASK, 1e-5)
+
+
 def test_response_mask_by_hand():
     """J5: prompt 2, length 5, padded to 6. Column t is the action tokens[:, t + 1]: index 2, 3 and 4,
     the last one eot."""
@@ -351,7 +392,8 @@ def test_generation_stops_when_every_row_has_ended(monkeypatch):
     """A model whose next token is always eot needs one step, not twenty."""
     gpt = tiny_gpt()
     seen = watch_logits(monkeypatch)
-    monkeypatch.setattr(gpt.lm_head, "forward", lambda hidden: torch.eye(11)[3].expand(len(hidden), 11) * 99)
+    always = lambda hidden, weight: torch.eye(11)[3].expand(len(hidden), 11) * 99
+    monkeypatch.setattr(model, "unembed", always)
     tokens, lengths = model.generate(gpt, RAGGED, 15, eot=3)
     assert len(seen) == 1 and lengths.tolist() == [len(prompt) + 1 for prompt in RAGGED]
 

@@ -555,7 +555,7 @@ def masked_logprobs(gpt):
 
 
 def masked_values(scalar):
-    return lambda tokens, mask: scalar(tokens)[:, :-1] * mask
+    return lambda tokens, mask: model.masked_values(scalar, tokens, mask)
 
 
 @pytest.mark.parametrize("size", PIECES)

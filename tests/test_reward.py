@@ -206,8 +206,8 @@ def test_score_rows_keeps_the_order_of_its_rows():
 class LastId(torch.nn.Module):
     """A reward model by hand: position t scores the id it stands on, so a row scores its last id."""
 
-    def forward(self, tokens):
-        return tokens.float()
+    def forward(self, tokens, where):
+        return tokens[where].float()
 
 
 GROUPS = [([[1, 5], [1, 3], [1, 1, 1, 4]], [1, 3, 2]), ([[2, 9], [2, 2, 8]], [2, 1])]
