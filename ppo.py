@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -71,7 +70,7 @@ class Config:
 
     # ppo
     minibatch_size: int = 32  # responses per optimizer step: 8 minibatches to a rollout (paper: 64)
-    microbatch_size: int = 16  # responses per forward, of similar length: less padding, same numbers
+    microbatch_tokens: int = 1024  # a forward at most, of responses of similar length: less padding
     ppo_epochs: int = 1  # passes over a rollout, as the paper
     gamma: float = 1.0  # no discount, as the paper
     lam: float = 0.95  # GAE lambda; not in the paper, 0.95 in its predecessors and successors
@@ -212,17 +211,6 @@ def update_ema(ema, gpt, decay):
 # one iteration
 
 
-def by_length(function, tokens, lengths, mask, size):
-    """function(tokens (b, T), mask (b, T-1)) -> (b, T-1), on `size` rows of similar length at a time,
-    each piece cut to its longest row -> (B, T-1): the numbers of one padded batch, twice as quickly."""
-    order, results = lengths.argsort(), []
-    for rows in order.split(size):
-        T = int(lengths[rows].max())
-        result = function(tokens[rows, :T], mask[rows, : T - 1])
-        results.append(F.pad(result, (0, tokens.size(1) - T)))
-    return torch.cat(results)[order.argsort()]
-
-
 @torch.no_grad()
 def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, generator, gold=None):
     """Sample a response to each prompt (list of B lists of ids) and judge it, without gradients.
@@ -232,7 +220,7 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
     values, advantages (whitened), returns (B, T-1); seconds_generate, seconds_score.
     """
     device = policy.lm_head.weight.device
-    size = config.microbatch_size
+    size = config.microbatch_tokens
     started = time.monotonic()
     with model.autocast(device):
         # 1. sample; eot is an action like any other, what would follow it is never made
@@ -253,13 +241,13 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
         # 3. log-probabilities, in the numerics of the update so that its first ratio is 1, and those
         #    of the reference; values of the states before each action
         logprobs, ref_logprobs = (
-            by_length(
+            model.by_length(
                 lambda t, m: model.masked_logprobs(gpt, t, m, config.temperature), tokens, lengths,
                 mask, size,
             )
             for gpt in (policy, ref)
         )
-        values = by_length(
+        values = model.by_length(
             lambda t, m: model.masked_values(value_model, t, m), tokens, lengths, mask, size
         )
     # 4. the reward of each token
@@ -475,10 +463,10 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     tokens, lengths, mask, logprobs = (
         minibatch[name] for name in ("tokens", "lengths", "mask", "logprobs")
     )
-    device, size = tokens.device, config.microbatch_size
+    device, size = tokens.device, config.microbatch_tokens
     # policy: eq. 2, first term
     with model.autocast(device):
-        new_logprobs = by_length(
+        new_logprobs = model.by_length(
             lambda t, m: model.masked_logprobs(policy, t, m, config.temperature), tokens, lengths, mask,
             size,
         )
@@ -490,13 +478,13 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     ptx_loss = torch.zeros(())
     if ptx_batch is not None:
         with model.autocast(device):
-            ptx_loss = sft.lm_loss(policy, *(x.to(device) for x in ptx_batch))
+            ptx_loss = sft.lm_loss(policy, *(x.to(device) for x in ptx_batch), size)
         (config.ptx_coef * ptx_loss).backward()
     model.optimizer_step(optimizer, policy, config.lr * factor, config.grad_clip)
     update_ema(ema, policy, config.ema)
     # value: its own network, its own step
     with model.autocast(device):
-        new_values = by_length(
+        new_values = model.by_length(
             lambda t, m: model.masked_values(value_model, t, m), tokens, lengths, mask, size
         )
     v_loss = value_loss(

@@ -6,10 +6,10 @@ Benchmarks: how fast is this, beside transformers and TRL? Not a test: nothing h
 
 Ours and the peers that are installed (pip install transformers==5.23.0 trl==1.12.0) take turns, each in
 a process of its own on one thread (--threads): untrained networks of equal shape on random tokens. A
-figure is the median of five turns, a ratio the median of the ratios of the five turns. All rows have one
-length and none ends early, so what we save on real text by not computing padding is not in it. The share
-of peak is our arithmetic / time / the speed of a large matmul on this machine. Memory is the peak of the
-process, libraries included.
+figure is the median of five turns, a ratio the median of the five turns' ratios. All rows have one
+length and none ends early: what we save on real text by not computing padding is not in it. The share
+of peak is our arithmetic / time / the speed of a large matmul on this machine; it counts logits where
+they are read, the last block's MLP everywhere. Memory is the peak of the process, libraries included.
 """
 
 import argparse
@@ -69,8 +69,8 @@ def times(step, count):
 
 
 def forward_flops(config, tokens, logits):
-    """Multiplications and additions of the matmuls of one row's forward: all tokens through the blocks (a
-    token attends half of them on average), logits at `logits` positions."""
+    """Multiplications and additions of the matmuls of one row's forward: all tokens through the blocks,
+    each attending half of them on average, and logits at `logits` positions."""
     C = config.n_embd
     return tokens * config.n_layer * (24 * C * C + 2 * C * tokens) + logits * 2 * C * config.vocab_size
 
@@ -90,8 +90,8 @@ def generation_rows(config):
 
 
 def generation_work(config):
-    """-> unit, items of a step, arithmetic of ours: a prefill without logits but the last, then one token
-    at a time, all earlier ones attended."""
+    """-> unit, items of a step, arithmetic of ours: a prefill with the last logits only, then one token
+    at a time."""
     rows, prefill = generation_rows(config), forward_flops(config, PROMPT, 1)
     return "new tokens", rows * NEW, rows * (prefill + decode_flops(config, NEW))
 
@@ -142,13 +142,14 @@ def ppo_work(config):
     judged = forward_flops(config, PROMPT + RESPONSE, 0)
     scored = forward_flops(config, PROMPT + RESPONSE, RESPONSE)
     sampled = forward_flops(config, PROMPT, 1) + decode_flops(config, RESPONSE)
-    # judged by the reward and the value model, scored by policy and reference, both again with gradients
-    return "episodes", EPISODES, EPISODES * (sampled + 2 * judged + 2 * scored + 3 * judged + 3 * scored)
+    # reward and value model judge, policy and reference score; value model and policy are updated
+    return "episodes", EPISODES, EPISODES * (sampled + 2 * judged + 2 * scored + 3 * (judged + scored))
 
 
 def ppo_ours(config, device):
     settings = ppo.Config(
-        rollout_size=EPISODES, minibatch_size=EPISODES // MINIBATCHES, max_new_tokens=RESPONSE, ptx_coef=0.0
+        rollout_size=EPISODES, minibatch_size=EPISODES // MINIBATCHES, max_new_tokens=RESPONSE,
+        ptx_coef=0.0,
     )
     policy = GPT(config).to(device).eval()
     reward_model = ScalarGPT.from_gpt(policy).eval()
@@ -173,7 +174,7 @@ def ppo_ours(config, device):
         ]
         ppo.measure(batch, stats, 1, settings)
 
-    return lambda: times(step, 3)
+    return lambda: times(step, 2)
 
 
 def ppo_trl(config, device):
@@ -185,8 +186,8 @@ def ppo_trl(config, device):
         dict(input_ids=row) for row in random_rows(config, EPISODES, PROMPT)
     ])
     args = PPOConfig(
-        per_device_train_batch_size=EPISODES, gradient_accumulation_steps=1, num_mini_batches=MINIBATCHES,
-        num_ppo_epochs=1, total_episodes=4 * EPISODES, response_length=RESPONSE, temperature=1.0,
+        per_device_train_batch_size=EPISODES, num_mini_batches=MINIBATCHES, num_ppo_epochs=1,
+        total_episodes=3 * EPISODES, response_length=RESPONSE, temperature=1.0,
         num_sample_generations=0, **hf_arguments(),
     )
     trainer = PPOTrainer(
@@ -226,7 +227,8 @@ def reward_trl(config, device):
     """The same comparisons, one by one: two forwards each."""
     better = [(i, j) for i in range(K) for j in range(i + 1, K)]
     pairs = [
-        dict(chosen_ids=rows[i], rejected_ids=rows[j]) for rows in random_groups(config) for i, j in better
+        dict(chosen_ids=rows[i], rejected_ids=rows[j])
+        for rows in random_groups(config) for i, j in better
     ]
     args = trl.RewardConfig(
         per_device_train_batch_size=len(pairs), max_steps=4, gradient_checkpointing=False,
@@ -287,7 +289,7 @@ def sft_trl_checkpointing(config, device):
     return sft_trl(config, device, checkpointing=True)
 
 
-# name: sizes, work, contestants: each a function of the GPTConfig and the device that returns one without
+# name: sizes, work, contestants: each a function of GPTConfig and device that returns one without
 # arguments, which makes some steps and returns the seconds of each
 BENCHMARKS = dict(
     generation=("ABC", generation_work, {
@@ -322,7 +324,7 @@ def load_peers():
 
         datasets.disable_progress_bars()
     except ImportError as missing:
-        print(f"without {missing.name}: pip install transformers==5.23.0 trl==1.12.0 to compare with it")
+        print(f"no {missing.name}: pip install transformers==5.23.0 trl==1.12.0 to compare with it")
         return
 
     class Stopwatch(transformers.TrainerCallback):
@@ -387,12 +389,12 @@ def matmul_peak(device):
 
 
 class Contestant:
-    """One contestant in a process of its own: what one of them sets, or allocates, is not the others'."""
+    """One contestant in a process of its own: what it sets or allocates is not the others'."""
 
     def __init__(self, name, size, who, args):
-        flags = [f"--sizes={size}", f"--threads={args.threads}", f"--device={args.device}", f"--alone={who}"]
+        flags = [f"--sizes={size}", f"--threads={args.threads}", f"--device={args.device}"]
         # by way of a shell that stays: Linux counts the memory of the parent as a child's peak
-        command = shlex.join([sys.executable, __file__, name, *flags]) + "; exit $?"
+        command = shlex.join([sys.executable, __file__, name, *flags, f"--alone={who}"]) + "; exit $?"
         self.process = subprocess.Popen(
             command, shell=True, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -410,7 +412,7 @@ class Contestant:
 
 
 def alone(name, size, who, device):
-    """The other side of Contestant: a line of seconds for every line that comes, then the peak memory."""
+    """The other side of Contestant: seconds for every line that comes, then the peak memory."""
     torch.manual_seed(0)
     build = BENCHMARKS[name][2][who]
     run = build(SIZES[size], device)
@@ -446,8 +448,8 @@ def compare(name, size, args):
 
 
 def table(rows):
-    lines = ["| | size | ours, a second | share of peak | memory | beside | a second | memory | ours is |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    head = "| | size | ours, a second | share of peak | memory | beside | a second | memory | ours is |"
+    lines = [head, "|---" * 9 + "|"]
     for row in rows:
         if row["who"] == "ours":
             ours = row

@@ -396,8 +396,8 @@ def networks(**more):
 
 def roll(nets, seed=0, **flags):
     """One rollout of PROMPTS -> batch, config. max_new_tokens 6 lets some of the responses end and cuts the
-    others; a microbatch of 1 makes five forwards of the 18 rows."""
-    config = ppo.Config(**{"max_new_tokens": 6, "eot_penalty": 0.0, "microbatch_size": 1, **flags})
+    others; microbatches of 30 tokens make several forwards of the 18 rows."""
+    config = ppo.Config(**{"max_new_tokens": 6, "eot_penalty": 0.0, "microbatch_tokens": 30, **flags})
     generator = torch.Generator().manual_seed(seed)
     batch = ppo.rollout(*nets, PROMPTS, TOKENIZER, config, generator)
     # both kinds are there, or the tests below see nothing
@@ -538,7 +538,8 @@ def test_a_rollout_needs_no_gradient():
 # ------------------------------------------------------------------------------------------------------------
 # rows of similar length at a time
 
-PIECES = [1, 2, 3, 5, 6, 7, 100]  # rows at a time: alone, even, with a rest, all six, more than there are
+# tokens at a time for rows of 3, 4, 7, 7, 9 and 12: each alone, one pair, two pairs, 3 + 2 + 1, all, more
+PIECES = [1, 8, 14, 24, 72, 100]
 
 
 def six_rows():
@@ -565,7 +566,7 @@ def test_by_length_equals_one_padded_batch(function, network, size):
     network = network().double()
     function, (tokens, lengths, mask) = function(network), six_rows()
     weighing = torch.randn(6, 11, generator=torch.Generator().manual_seed(1)) * mask
-    padded, pieces = function(tokens, mask), ppo.by_length(function, tokens, lengths, mask, size)
+    padded, pieces = function(tokens, mask), model.by_length(function, tokens, lengths, mask, size)
     assert pieces.shape == padded.shape and padded[mask].abs().min() > 1e-3
     close(pieces, padded.detach(), 1e-6)
     found, expected = (gradient((x * weighing).sum(), network) for x in (pieces, padded))
@@ -578,14 +579,14 @@ def test_by_length_equals_one_padded_batch(function, network, size):
 def test_by_length_returns_each_row_in_its_place(size):
     """The tokens come back as the numbers, exactly, up to the length of their row."""
     tokens, lengths, mask = six_rows()
-    found = ppo.by_length(lambda t, m: t[:, 1:].float(), tokens, lengths, mask, size)
+    found = model.by_length(lambda t, m: t[:, 1:].float(), tokens, lengths, mask, size)
     inside = torch.arange(1, 12) < lengths[:, None]
     assert torch.equal(found[inside], tokens[:, 1:][inside].float())
 
 
 def test_by_length_cuts_each_piece_to_its_longest_row():
-    """Lengths 3, 4 | 7, 7 | 9, 12: short rows are not computed as long ones,
-    and nothing of a row is cut off."""
+    """Lengths 3, 4 | 7, 7 | 9 | 12 in 14 tokens at most: short rows are not computed as long ones, and nothing
+    of a row is cut off."""
     tokens, lengths, mask = six_rows()
     shapes, actions = [], []
 
@@ -594,8 +595,8 @@ def test_by_length_cuts_each_piece_to_its_longest_row():
         actions.extend(t[:, 1:][m].tolist())
         return torch.ones(m.shape)
 
-    ppo.by_length(spy, tokens, lengths, mask, 2)
-    assert shapes == [((2, 4), (2, 3)), ((2, 7), (2, 6)), ((2, 12), (2, 11))]
+    model.by_length(spy, tokens, lengths, mask, 14)
+    assert shapes == [((2, 4), (2, 3)), ((2, 7), (2, 6)), ((1, 9), (1, 8)), ((1, 12), (1, 11))]
     assert sorted(actions) == sorted(tokens[:, 1:][mask].tolist())
 
 
@@ -613,9 +614,9 @@ def rows_of(batch, rows):
 def learner(nets, **flags):
     """The moving parts of main around the four networks, and a function for one update of the first rows.
 
-    A microbatch of 3 makes three forwards of the eight rows."""
+    Microbatches of 30 tokens make several forwards of the eight rows."""
     policy, _, _, value_model = nets
-    defaults = dict(grad_clip=1e9, lr=1e-3, value_lr=1e-3, max_new_tokens=6, microbatch_size=3)
+    defaults = dict(grad_clip=1e9, lr=1e-3, value_lr=1e-3, max_new_tokens=6, microbatch_tokens=30)
     config = ppo.Config(**{**defaults, **flags})
     ema = tiny_gpt(1)
     optimizers = model.adamw(policy, config.lr), model.adamw(value_model, config.value_lr)

@@ -1,18 +1,30 @@
-"""Tests of sft.py: what a given base decides, and what is mixed into a batch."""
+"""Tests of sft.py: the loss, what a given base decides, and what is mixed into a batch."""
 
 import json
 
 import numpy as np
 import pytest
+import torch
 
 import model
 import sft
+from conftest import tiny_gpt
 
 
 def config_of(chain, out, **flags):
     """A run of two epochs from the untrained base of chain, whose context is 64 tokens."""
     flags = dict(data=str(chain), base=str(chain / "base.pt"), sft_epochs=1, ppo_init_epochs=1) | flags
     return sft.Config(scale="tiny", out=str(out), device="cpu", **flags)
+
+
+@pytest.mark.parametrize("size", [1, 12, 1024])  # rows one by one, two together, all
+def test_lm_loss_is_a_mean_over_unmasked_tokens_however_it_is_cut(size):
+    gpt = tiny_gpt()
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0], [4, 4, 0, 0, 0, 0], [3, 1, 2, 5, 0, 0]])
+    mask = torch.zeros(4, 5, dtype=torch.bool)
+    mask[0, 1:] = mask[1, :2] = mask[3, 0] = True  # row 2 has nothing that counts, row 3 stops counting early
+    expected = -model.token_logprobs(gpt(tokens), tokens)[mask].mean()
+    assert sft.lm_loss(gpt, tokens, mask, size).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_rows_are_cut_to_the_context_of_a_given_base(chain, tmp_path, capsys):
