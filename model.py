@@ -115,12 +115,12 @@ class GELU(torch.autograd.Function):
     On a CPU, where tanh is slow, F.gelu(x, approximate="tanh") takes 1.9 times as long.
     """
 
-    A = 2 * math.sqrt(2 / math.pi)
-    B = A * 0.044715  # 2u = A x + B x^3
+    A = torch.tensor(2 * math.sqrt(2 / math.pi), dtype=torch.double)
+    B = A.item() * 0.044715  # 2u = A x + B x^3
 
     @staticmethod
     def forward(ctx, x):
-        s = torch.addcmul(x.new_tensor(GELU.A), x, x, value=GELU.B).mul_(x).sigmoid_()
+        s = torch.addcmul(GELU.A, x, x, value=GELU.B).mul_(x).sigmoid_()
         if not ctx.needs_input_grad[0]:
             return s.mul_(x)
         ctx.save_for_backward(x, s)
@@ -129,7 +129,7 @@ class GELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, s = ctx.saved_tensors
-        slope = torch.addcmul(x.new_tensor(GELU.A), x, x, value=3 * GELU.B).mul_(x)  # x * d(2u)/dx
+        slope = torch.addcmul(GELU.A, x, x, value=3 * GELU.B).mul_(x)  # x * d(2u)/dx
         return slope.addcmul_(slope, s, value=-1).add_(1).mul_(s).mul_(gradient)
 
 

@@ -447,6 +447,10 @@ def compare(name, size, args):
     return rows
 
 
+def number(x):
+    return f"{x:,.0f}" if x >= 100 else f"{x:.1f}"
+
+
 def table(rows):
     head = "| | size | ours, a second | share of peak | memory | beside | a second | memory | ours is |"
     lines = [head, "|---" * 9 + "|"]
@@ -455,9 +459,9 @@ def table(rows):
             ours = row
             continue
         cells = [
-            row["benchmark"], row["size"], f"{ours['rate']:,.0f} {row['unit']}",
+            row["benchmark"], row["size"], f"{number(ours['rate'])} {row['unit']}",
             f"{ours['share_of_peak']:.0%}", f"{ours['memory_gb']:.2f} GB", row["who"],
-            f"{row['rate']:,.0f}", f"{row['memory_gb']:.2f} GB",
+            number(row["rate"]), f"{row['memory_gb']:.2f} GB",
             f"**{row['ratio']:.2f}x** ({row['lowest']:.2f} to {row['highest']:.2f})",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -484,7 +488,7 @@ def main():
     for name in args.benchmarks or BENCHMARKS:
         for size in sorted(set(args.sizes) & set(BENCHMARKS[name][0])):
             found = compare(name, size, args)
-            rate = f"{name} {size}: {found[0]['rate']:,.1f} {found[0]['unit']} a second"
+            rate = f"{name} {size}: {number(found[0]['rate'])} {found[0]['unit']} a second"
             print("\n".join(table(found)[2:]) or rate, flush=True)
             rows += found
     print("\n".join(table(rows)))
