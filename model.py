@@ -389,37 +389,39 @@ def unembed(hidden, weight):
 class ActionLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[actions]: hidden (N, C), weight (V, C), actions (N,) -> (N,) nats.
 
-    What autograd would do, but logits (N, V) are not held: they are made some rows at a time, and again
-    for the gradient. With a vocabulary of 50,257 they would be most of the memory.
+    What autograd would do, but logits are made PIECE numbers at a time, and with more than HELD in all
+    they are made again for the gradient: with a vocabulary of 50,257 they would be most of the memory.
     """
 
-    NUMBERS = 2**23  # logits at a time: 167 rows of GPT-2's vocabulary
+    PIECE = 2**23  # 167 rows of GPT-2's vocabulary
+    HELD = 2**26  # 256 MB
 
     @staticmethod
     def pieces(weight, *tensors):
-        rows = max(1, ActionLogprobs.NUMBERS // weight.size(0))
+        rows = max(1, ActionLogprobs.PIECE // weight.size(0))
         return zip(*(tensor.split(rows) for tensor in tensors))
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cuda")
     def forward(ctx, hidden, weight, actions):
-        logprobs = torch.empty(actions.shape, device=hidden.device)
+        logprobs, held = torch.empty(actions.shape, device=hidden.device), []
         for h, a, out in ActionLogprobs.pieces(weight, hidden, actions, logprobs):
             every = F.log_softmax(unembed(h, weight).float(), dim=-1)  # (n, V)
             out.copy_(every.gather(1, a[:, None]).squeeze(1))
-        whole = [every] if len(every) == len(hidden) else []  # a single piece is not made again
-        ctx.save_for_backward(hidden, weight, actions, *whole)
+            if len(hidden) * len(weight) <= ActionLogprobs.HELD and any(ctx.needs_input_grad):
+                held.append(every)
+        ctx.save_for_backward(hidden, weight, actions, *held)
         return logprobs
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx, gradient):
-        hidden, weight, actions, *whole = ctx.saved_tensors
+        hidden, weight, actions, *held = ctx.saved_tensors
         to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         pieces = ActionLogprobs.pieces(weight, hidden, actions, gradient, to_hidden)
-        for h, a, g, out in pieces:
+        for i, (h, a, g, out) in enumerate(pieces):
             # d logprob / d logits = onehot(action) - softmax(logits)
-            softmax = whole[0].exp() if whole else F.softmax(unembed(h, weight).float(), dim=-1)
+            softmax = held[i].exp() if held else F.softmax(unembed(h, weight).float(), dim=-1)
             to_logits = softmax.mul_(-g[:, None]).scatter_add_(1, a[:, None], g[:, None])  # (n, V)
             to_logits = to_logits.to(h.dtype)
             out.copy_(to_logits @ weight)

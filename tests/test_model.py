@@ -233,10 +233,12 @@ def test_masked_logprobs_have_the_gradient_of_token_logprobs():
         close(p.grad, expected[name], 1e-4)
 
 
-@pytest.mark.parametrize("numbers", [1, 11, 33, 55, 2**23])  # 1, 1, 3 and all 5 rows of logits at a time
-def test_action_logprobs_and_their_gradients_are_autograds(monkeypatch, numbers):
-    """However few logits are held at a time: beside a plain log_softmax, in numbers and gradients."""
-    monkeypatch.setattr(model.ActionLogprobs, "NUMBERS", numbers)
+@pytest.mark.parametrize("held", [54, 55])  # made again for the gradient, or held
+@pytest.mark.parametrize("piece", [1, 11, 33, 55])  # 1, 1, 3 and all 5 rows of logits at a time
+def test_action_logprobs_and_their_gradients_are_autograds(monkeypatch, piece, held):
+    """However few logits are made or held at a time: beside a plain log_softmax, in numbers and gradients."""
+    monkeypatch.setattr(model.ActionLogprobs, "PIECE", piece)
+    monkeypatch.setattr(model.ActionLogprobs, "HELD", held)
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(11, 4, requires_grad=True)
     actions, weighing = torch.tensor([0, 10, 3, 3, 7]), torch.tensor([1.0, -2.0, 0.5, 3.0, 0.0])
     found = model.ActionLogprobs.apply(hidden, weight, actions)
