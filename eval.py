@@ -75,7 +75,7 @@ def prompted(responses, tokenizer):
 def scores(reward_model, tokenizer, prompts, responses, device):
     """The reward model's score of each response -> list of floats, one a prompt."""
     rows = [tokenizer.encode(prompt) + ids for prompt, (_, ids) in zip(prompts, responses)]
-    return reward.score_rows(reward_model, rows, device, piece=128).tolist()
+    return reward.score_rows(reward_model, rows, device).tolist()
 
 
 @torch.no_grad()

@@ -71,19 +71,18 @@ class GPTConfig:
 def rotate(x, angles):
     """Rotary positions (Su et al. 2021) on the first half of each head; the rest carries content.
 
-    x (B, nh, T, hs), angles (B or 1, T, hs // 4) in radians -> (B, nh, T, hs): each pair of channels
-    turns by position * frequency.
+    x (..., B, nh, T, hs), angles: cos, sin (B or 1, 1, T, hs // 4) of position * frequency, by which
+    each pair of channels turns -> (..., B, nh, T, hs).
     """
-    quarter = angles.size(-1)
-    a, b, rest = x[..., :quarter], x[..., quarter : 2 * quarter], x[..., 2 * quarter :]
-    # (B or 1, 1, T, hs // 4)
-    cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+    cos, sin = (a.to(x.dtype) for a in angles)
+    quarter = cos.size(-1)
+    a, b, rest = x.split([quarter, quarter, x.size(-1) - 2 * quarter], dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention, x (B, T, C) -> (B, T, C). angles (B or 1, T, hs // 4) are the rotary ones
-    or None; with a cache, x is the prompt, or one token that continues what it holds."""
+    """Multi-head attention, x (B, T, C) -> (B, T, C). angles are those of rotate() or None; with a
+    cache, x is the prompt, or one token that continues what it holds."""
 
     def __init__(self, config):
         super().__init__()
@@ -94,13 +93,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, angles, cache):
         B, T, C = x.shape
-        # q, k, v (B, nh, T, hs)
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # (B, nh, T, hs) each
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            q, k = rotate(qkv[:2], angles)
         if cache is not None:
             keys, values = cache.extend(self, k, v)  # (B, nh, S, hs)
-        if T > 1 or cache is None:
+        if cache is None or cache.bias is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         else:
             # one query over all slots: twice as quick on a CPU as the fused kernel over the filled ones
@@ -206,8 +205,8 @@ class GPT(nn.Module):
                     module.attn.c_attn.weight[C : C + hs] = module.attn.c_attn.weight[:hs]
 
     def hidden(self, tokens, cache=None, where=None):
-        """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens are the whole prompt, or
-        one token (T = 1) that continues its own.
+        """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens go where its fill() or
+        advance() said: whole prompts, or one token (T = 1) that continues each row.
 
         With where (B, T) bool: at those positions only (N, C), which spares the others the MLP of the
         last block.
@@ -218,7 +217,8 @@ class GPT(nn.Module):
         )  # (1 or B, T)
         x = self.transformer.wte(tokens)  # (B, T, C)
         if config.rotary:
-            angles = positions[..., None] * self.frequencies  # (1 or B, T, hs // 4)
+            angles = positions[:, None, :, None] * self.frequencies  # (1 or B, 1, T, hs // 4), radians
+            angles = angles.cos(), angles.sin()
         else:
             x, angles = x + self.transformer.wpe(positions), None
         *blocks, last = self.transformer.h
@@ -406,10 +406,13 @@ class ActionLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, actions):
         logprobs, held = torch.empty(actions.shape, device=hidden.device), []
         for h, a, out in ActionLogprobs.pieces(weight, hidden, actions, logprobs):
-            every = F.log_softmax(unembed(h, weight).float(), dim=-1)  # (n, V)
-            out.copy_(every.gather(1, a[:, None]).squeeze(1))
+            logits = unembed(h, weight).float()  # (n, V)
+            softmax = F.softmax(logits, dim=-1)
+            # logits - logsumexp, which the most probable token tells: the gradient needs no second exp
+            logsumexp = logits.amax(1) - softmax.amax(1).log()
+            torch.sub(logits.gather(1, a[:, None]).squeeze(1), logsumexp, out=out)
             if len(hidden) * len(weight) <= ActionLogprobs.HELD and any(ctx.needs_input_grad):
-                held.append(every)
+                held.append(softmax)
         ctx.save_for_backward(hidden, weight, actions, *held)
         return logprobs
 
@@ -421,8 +424,8 @@ class ActionLogprobs(torch.autograd.Function):
         pieces = ActionLogprobs.pieces(weight, hidden, actions, gradient, to_hidden)
         for i, (h, a, g, out) in enumerate(pieces):
             # d logprob / d logits = onehot(action) - softmax(logits)
-            softmax = held[i].exp() if held else F.softmax(unembed(h, weight).float(), dim=-1)
-            to_logits = softmax.mul_(-g[:, None]).scatter_add_(1, a[:, None], g[:, None])  # (n, V)
+            softmax = held[i] if held else F.softmax(unembed(h, weight).float(), dim=-1)
+            to_logits = (softmax * -g[:, None]).scatter_add_(1, a[:, None], g[:, None])  # (n, V)
             to_logits = to_logits.to(h.dtype)
             out.copy_(to_logits @ weight)
             to_weight.addmm_(to_logits.T, h)
@@ -450,25 +453,39 @@ def masked_values(value_model, tokens, mask):
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, values)
 
 
-def by_length(function, tokens, lengths, mask, size):
-    """function(tokens (b, T), mask (b, T-1)) -> (b, T-1), on rows of similar length at a time, each
-    piece cut to its longest row and of at most `size` tokens, or one row -> (B, T-1).
+# tokens of one forward: on a CPU what its caches hold, on a GPU enough to keep it busy
+MICROBATCH_TOKENS = dict(cpu=1024, cuda=65_536)
+
+
+def microbatches(lengths, device):
+    """Which rows share a forward: those of similar length, at most MICROBATCH_TOKENS when padded to the
+    longest, or one row. lengths: list of B -> lists of row numbers."""
+    pieces, size = [[]], MICROBATCH_TOKENS[device.type]
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if pieces[-1] and (len(pieces[-1]) + 1) * lengths[row] > size:
+            pieces.append([])
+        pieces[-1].append(row)
+    return pieces
+
+
+def in_row_order(results, pieces):
+    """What microbatches gave, tensors of (b, ...), as one tensor (B, ...) in the order of the rows."""
+    order = torch.tensor(sum(pieces, []), device=results[0].device)
+    return torch.cat(results)[order.argsort()]
+
+
+def by_length(function, tokens, lengths, mask):
+    """function(tokens (b, T), mask (b, T-1)) -> (b, T-1) on each of the microbatches, cut to its
+    longest row -> (B, T-1).
 
     The numbers of one padded batch; on the world's texts, of 15 to 128 tokens, nearly twice as quickly.
     """
-    order = lengths.argsort()
-    pieces, count = [], 0
-    for length in lengths[order].tolist():
-        if count and (count + 1) * length > size:
-            pieces.append(count)
-            count = 0
-        count += 1
-    results = []
-    for rows in order.split([*pieces, count]):
+    pieces, results = microbatches(lengths.tolist(), tokens.device), []
+    for rows in pieces:
         T = int(lengths[rows[-1]])
         result = function(tokens[rows, :T], mask[rows, : T - 1])
         results.append(F.pad(result, (0, tokens.size(1) - T)))
-    return torch.cat(results)[order.argsort()]
+    return in_row_order(results, pieces)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -478,7 +495,8 @@ def by_length(function, tokens, lengths, mask, size):
 class Cache:
     """Keys and values of every token seen so far, in buffers made once: (B, nh, S, hs) for each layer.
 
-    Rows stand at different lengths: the new tokens of row b go to the slots `positions[b]`.
+    Rows stand at different lengths: the next tokens go to `rows` (b, 1) and the slots `positions`
+    (1 or b, T). `bias` is what a single query adds to its scores, None while prompts are read.
     """
 
     def __init__(self, gpt, rows, slots):
@@ -495,24 +513,43 @@ class Cache:
             for block in gpt.transformer.h
         }
 
+    def fill(self, rows, T):
+        """The next tokens are prompts, of these rows (b,), T tokens each, padding included."""
+        self.rows, self.bias = rows[:, None], None
+        self.positions = torch.arange(T, device=rows.device)[None]
+
     def advance(self, positions):
-        """The next tokens go to the slots positions (B, T) and see those up to their own."""
+        """The next tokens, one for every row, go to the slots positions (B, 1) and see all up to it."""
+        self.rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.positions = positions
-        unseen = torch.arange(self.slots, device=positions.device) > positions[:, -1:]  # (B, S)
-        self.bias = torch.zeros(unseen.shape, device=positions.device).masked_fill(unseen, -math.inf)
-        self.bias = self.bias[:, None, None]  # (B, 1, 1, S), added to the scores of a single query
+        unseen = torch.arange(self.slots, device=positions.device) > positions  # (B, S)
+        bias = torch.zeros(unseen.shape, device=positions.device).masked_fill(unseen, -math.inf)
+        self.bias = bias[:, None, None]  # (B, 1, 1, S)
 
     def extend(self, layer, k, v):
-        """Write k, v (B, nh, T, hs) to the slots of advance() -> keys and values of all slots."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
-        for buffer, new in zip(self.buffers[layer], (k, v)):
-            buffer[rows, :, self.positions] = new.transpose(1, 2).to(buffer.dtype)  # (B, T, nh, hs)
+        """Write k, v (b, nh, T, hs) where fill() or advance() said -> keys, values of all rows and
+        slots."""
+        for buffer, x in zip(self.buffers[layer], (k, v)):
+            buffer[self.rows, :, self.positions] = x.transpose(1, 2).to(buffer.dtype)  # (b, T, nh, hs)
         return self.buffers[layer]
 
     def select(self, rows):
         """Keep these rows, in this order; a row may be taken more than once."""
         for layer, buffers in self.buffers.items():
             self.buffers[layer] = [buffer[rows] for buffer in buffers]
+
+    def drop(self, ended):
+        """Forget the rows where ended (B,) is True -> which rows stay, in their new order: the last
+        ones move to the places of those that go, and nothing else is copied."""
+        count = int((~ended).sum())
+        order = torch.arange(len(ended), device=ended.device)
+        free = order[:count][ended[:count]]
+        order[free] = order[count:][~ended[count:]]
+        for layer, buffers in self.buffers.items():
+            for buffer in buffers:
+                buffer[free] = buffer[order[free]]
+            self.buffers[layer] = [buffer[:count] for buffer in buffers]
+        return order[:count]
 
 
 def sample(logits, temperature, generator):
@@ -545,15 +582,20 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
             f"but the context is {gpt.config.block_size}: "
             "shorten the prompt or lower --max_new_tokens"
         )
-    # one batched prefill; equal prompts (K samples of one prompt) are read once
+    # prefill; equal prompts (K samples of one prompt) are read once
     unique = list(dict.fromkeys(map(tuple, prompts)))
     row_of = {prompt: row for row, prompt in enumerate(unique)}
     rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
     tokens, lengths = pad(unique, device)  # (U, P), (U,)
     cache = Cache(gpt, len(unique), longest + max_new_tokens)
-    cache.advance(torch.arange(longest, device=device).expand(len(unique), -1))
-    last = torch.arange(longest, device=device) == lengths[:, None] - 1  # (U, P)
-    logits = unembed(gpt.hidden(tokens, cache, last), gpt.lm_head.weight)[rows]  # (B, V)
+    ends = []
+    pieces = microbatches(list(map(len, unique)), device)
+    for piece in pieces:
+        T = len(unique[piece[-1]])
+        cache.fill(torch.tensor(piece, device=device), T)
+        last = torch.arange(T, device=device) == lengths[piece, None] - 1  # (b, T)
+        ends.append(gpt.hidden(tokens[piece, :T], cache, last))  # (b, C)
+    logits = unembed(in_row_order(ends, pieces)[rows], gpt.lm_head.weight)  # (B, V)
     if len(unique) < len(prompts):
         cache.select(rows)
     tokens, lengths = F.pad(tokens[rows], (0, max_new_tokens)), lengths[rows]  # (B, P+R), (B,)
@@ -569,9 +611,9 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
             running = int((~ended).sum())
             if running == 0:
                 break
-            if running <= 0.8 * len(rows):  # copying the cache pays from about there
-                cache.select(~ended)
-                rows, new, ended = rows[~ended], new[~ended], ended[~ended]
+            if running <= 0.9 * len(rows):
+                stay = cache.drop(ended)
+                rows, new, ended = rows[stay], new[stay], ended[stay]
         if step + 1 < max_new_tokens:
             # an ended row may stand one slot behind; what it computes is thrown away
             cache.advance((lengths[rows] - 1)[:, None])

@@ -70,7 +70,6 @@ class Config:
 
     # ppo
     minibatch_size: int = 32  # responses per optimizer step: 8 minibatches to a rollout (paper: 64)
-    microbatch_tokens: int = 1024  # a forward at most, of responses of similar length: less padding
     ppo_epochs: int = 1  # passes over a rollout, as the paper
     gamma: float = 1.0  # no discount, as the paper
     lam: float = 0.95  # GAE lambda; not in the paper, 0.95 in its predecessors and successors
@@ -220,7 +219,6 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
     values, advantages (whitened), returns (B, T-1); seconds_generate, seconds_score.
     """
     device = policy.lm_head.weight.device
-    size = config.microbatch_tokens
     started = time.monotonic()
     with model.autocast(device):
         # 1. sample; eot is an action like any other, what would follow it is never made
@@ -242,13 +240,12 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
         #    of the reference; values of the states before each action
         logprobs, ref_logprobs = (
             model.by_length(
-                lambda t, m: model.masked_logprobs(gpt, t, m, config.temperature), tokens, lengths,
-                mask, size,
+                lambda t, m: model.masked_logprobs(gpt, t, m, config.temperature), tokens, lengths, mask
             )
             for gpt in (policy, ref)
         )
         values = model.by_length(
-            lambda t, m: model.masked_values(value_model, t, m), tokens, lengths, mask, size
+            lambda t, m: model.masked_values(value_model, t, m), tokens, lengths, mask
         )
     # 4. the reward of each token
     rewards = kl_shaped_rewards(penalised, logprobs, ref_logprobs, mask, config.beta)
@@ -463,12 +460,11 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     tokens, lengths, mask, logprobs = (
         minibatch[name] for name in ("tokens", "lengths", "mask", "logprobs")
     )
-    device, size = tokens.device, config.microbatch_tokens
+    device = tokens.device
     # policy: eq. 2, first term
     with model.autocast(device):
         new_logprobs = model.by_length(
-            lambda t, m: model.masked_logprobs(policy, t, m, config.temperature), tokens, lengths, mask,
-            size,
+            lambda t, m: model.masked_logprobs(policy, t, m, config.temperature), tokens, lengths, mask
         )
     loss, clipfrac = policy_loss(
         new_logprobs, logprobs, minibatch["advantages"], mask, config.cliprange
@@ -478,14 +474,14 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     ptx_loss = torch.zeros(())
     if ptx_batch is not None:
         with model.autocast(device):
-            ptx_loss = sft.lm_loss(policy, *(x.to(device) for x in ptx_batch), size)
+            ptx_loss = sft.lm_loss(policy, *(x.to(device) for x in ptx_batch))
         (config.ptx_coef * ptx_loss).backward()
     model.optimizer_step(optimizer, policy, config.lr * factor, config.grad_clip)
     update_ema(ema, policy, config.ema)
     # value: its own network, its own step
     with model.autocast(device):
         new_values = model.by_length(
-            lambda t, m: model.masked_values(value_model, t, m), tokens, lengths, mask, size
+            lambda t, m: model.masked_values(value_model, t, m), tokens, lengths, mask
         )
     v_loss = value_loss(
         new_values, minibatch["values"], minibatch["returns"], mask, config.cliprange_value

@@ -108,15 +108,11 @@ def score(reward_model, tokens, lengths):
     return reward_model(tokens, last)
 
 
-def score_rows(reward_model, rows, device, piece=16):
-    """N lists of ids -> scores (N,), in pieces of similar length, each cut to its longest: 1.5x quicker
-    than one padded batch."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores = [
-        score(reward_model, *model.pad([rows[i] for i in order[k : k + piece]], device))
-        for k in range(0, len(rows), piece)
-    ]
-    return torch.cat(scores)[torch.tensor(order, device=device).argsort()]
+def score_rows(reward_model, rows, device):
+    """N lists of ids -> scores (N,), on rows of similar length at a time (model.microbatches)."""
+    pieces = model.microbatches([len(row) for row in rows], device)
+    scores = [score(reward_model, *model.pad([rows[i] for i in piece], device)) for piece in pieces]
+    return model.in_row_order(scores, pieces)
 
 
 def encode_comparisons(tokenizer, rows, block_size):
@@ -229,7 +225,7 @@ def cross_validate(sft, groups, rows, config, device):
 # collecting comparisons
 
 
-CHUNK = 64  # prompts sampled and labeled together; a killed run goes on from the last whole chunk
+CHUNK = 256  # prompts sampled and labeled together; a killed run goes on from the last whole chunk
 
 
 def collect(path, tasks, policies, tokenizer, world, labelers, config, device, mixture):

@@ -93,15 +93,15 @@ SCALES = dict(
 )
 
 
-def lm_loss(gpt, tokens, mask, size=1024):
+def lm_loss(gpt, tokens, mask):
     """Mean over unmasked tokens of -log pi: tokens (B, T), mask (B, T-1) -> scalar, nats per token.
 
-    Computed on rows of similar length at a time, at most `size` tokens (model.by_length).
+    Computed on rows of similar length at a time (model.by_length).
     """
     columns = torch.arange(2, tokens.size(1) + 1, device=mask.device)
     lengths = (mask * columns).amax(1).clamp(min=2)  # (B,), up to the last action that counts
     logprobs = model.by_length(
-        lambda t, m: model.masked_logprobs(gpt, t, m), tokens, lengths, mask, size
+        lambda t, m: model.masked_logprobs(gpt, t, m), tokens, lengths, mask
     )
     return -(logprobs.sum() / mask.sum())
 

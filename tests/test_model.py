@@ -115,8 +115,8 @@ def test_rotary_attention_sees_distances_only():
     """The product of a query at position m and a key at n depends on m - n; and position 0 turns nothing."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)  # (B, nh, T, hs)
-    # (1, 1, hs // 4)
-    at = lambda position: (position * torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64))[None, None]
+    frequencies = torch.tensor([[[[1.0, 0.3, 0.1, 0.01]]]], dtype=torch.float64)  # (1, 1, 1, hs // 4)
+    at = lambda position: ((position * frequencies).cos(), (position * frequencies).sin())
     product = lambda m, n: (model.rotate(q, at(m)) * model.rotate(k, at(n))).sum()
     close(product(7, 3), product(24, 20))
     assert abs(product(7, 3) - product(7, 4)) > 1e-3

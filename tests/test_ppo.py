@@ -6,6 +6,7 @@ import math
 import os
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -394,10 +395,17 @@ def networks(**more):
     return tiny_gpt(1, **more), tiny_gpt(2, **more), tiny_scalar(3, **more), tiny_scalar(4, **more)
 
 
+@pytest.fixture(autouse=True)
+def several_forwards():
+    """Of the 18 rows of a rollout, and of the eight rows of an update."""
+    with mock.patch.dict(model.MICROBATCH_TOKENS, cpu=30):  # monkeypatch is undone by run_main
+        yield
+
+
 def roll(nets, seed=0, **flags):
     """One rollout of PROMPTS -> batch, config. max_new_tokens 6 lets some of the responses end and cuts the
-    others; microbatches of 30 tokens make several forwards of the 18 rows."""
-    config = ppo.Config(**{"max_new_tokens": 6, "eot_penalty": 0.0, "microbatch_tokens": 30, **flags})
+    others."""
+    config = ppo.Config(**{"max_new_tokens": 6, "eot_penalty": 0.0, **flags})
     generator = torch.Generator().manual_seed(seed)
     batch = ppo.rollout(*nets, PROMPTS, TOKENIZER, config, generator)
     # both kinds are there, or the tests below see nothing
@@ -561,12 +569,13 @@ def masked_values(scalar):
 
 @pytest.mark.parametrize("size", PIECES)
 @pytest.mark.parametrize("function, network", [(masked_logprobs, tiny_gpt), (masked_values, tiny_scalar)])
-def test_by_length_equals_one_padded_batch(function, network, size):
+def test_by_length_equals_one_padded_batch(function, network, size, monkeypatch):
     """Numbers and gradients: a loss that weighs every response token differently goes back equally."""
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", size)
     network = network().double()
     function, (tokens, lengths, mask) = function(network), six_rows()
     weighing = torch.randn(6, 11, generator=torch.Generator().manual_seed(1)) * mask
-    padded, pieces = function(tokens, mask), model.by_length(function, tokens, lengths, mask, size)
+    padded, pieces = function(tokens, mask), model.by_length(function, tokens, lengths, mask)
     assert pieces.shape == padded.shape and padded[mask].abs().min() > 1e-3
     close(pieces, padded.detach(), 1e-6)
     found, expected = (gradient((x * weighing).sum(), network) for x in (pieces, padded))
@@ -576,26 +585,28 @@ def test_by_length_equals_one_padded_batch(function, network, size):
 
 
 @pytest.mark.parametrize("size", PIECES)
-def test_by_length_returns_each_row_in_its_place(size):
+def test_by_length_returns_each_row_in_its_place(size, monkeypatch):
     """The tokens come back as the numbers, exactly, up to the length of their row."""
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", size)
     tokens, lengths, mask = six_rows()
-    found = model.by_length(lambda t, m: t[:, 1:].float(), tokens, lengths, mask, size)
+    found = model.by_length(lambda t, m: t[:, 1:].float(), tokens, lengths, mask)
     inside = torch.arange(1, 12) < lengths[:, None]
     assert torch.equal(found[inside], tokens[:, 1:][inside].float())
 
 
-def test_by_length_cuts_each_piece_to_its_longest_row():
+def test_by_length_cuts_each_piece_to_its_longest_row(monkeypatch):
     """Lengths 3, 4 | 7, 7 | 9 | 12 in 14 tokens at most: short rows are not computed as long ones, and nothing
     of a row is cut off."""
     tokens, lengths, mask = six_rows()
     shapes, actions = [], []
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 14)
 
     def spy(t, m):
         shapes.append((tuple(t.shape), tuple(m.shape)))
         actions.extend(t[:, 1:][m].tolist())
         return torch.ones(m.shape)
 
-    model.by_length(spy, tokens, lengths, mask, 14)
+    model.by_length(spy, tokens, lengths, mask)
     assert shapes == [((2, 4), (2, 3)), ((2, 7), (2, 6)), ((1, 9), (1, 8)), ((1, 12), (1, 11))]
     assert sorted(actions) == sorted(tokens[:, 1:][mask].tolist())
 
@@ -612,11 +623,9 @@ def rows_of(batch, rows):
 
 
 def learner(nets, **flags):
-    """The moving parts of main around the four networks, and a function for one update of the first rows.
-
-    Microbatches of 30 tokens make several forwards of the eight rows."""
+    """The moving parts of main around the four networks, and a function for one update of the first rows."""
     policy, _, _, value_model = nets
-    defaults = dict(grad_clip=1e9, lr=1e-3, value_lr=1e-3, max_new_tokens=6, microbatch_tokens=30)
+    defaults = dict(grad_clip=1e9, lr=1e-3, value_lr=1e-3, max_new_tokens=6)
     config = ppo.Config(**{**defaults, **flags})
     ema = tiny_gpt(1)
     optimizers = model.adamw(policy, config.lr), model.adamw(value_model, config.value_lr)

@@ -18,13 +18,14 @@ def config_of(chain, out, **flags):
 
 
 @pytest.mark.parametrize("size", [1, 12, 1024])  # rows one by one, two together, all
-def test_lm_loss_is_a_mean_over_unmasked_tokens_however_it_is_cut(size):
+def test_lm_loss_is_a_mean_over_unmasked_tokens_however_it_is_cut(size, monkeypatch):
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", size)
     gpt = tiny_gpt()
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0], [4, 4, 0, 0, 0, 0], [3, 1, 2, 5, 0, 0]])
     mask = torch.zeros(4, 5, dtype=torch.bool)
     mask[0, 1:] = mask[1, :2] = mask[3, 0] = True  # row 2 has nothing that counts, row 3 stops counting early
     expected = -model.token_logprobs(gpt(tokens), tokens)[mask].mean()
-    assert sft.lm_loss(gpt, tokens, mask, size).item() == pytest.approx(expected.item(), abs=1e-5)
+    assert sft.lm_loss(gpt, tokens, mask).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_rows_are_cut_to_the_context_of_a_given_base(chain, tmp_path, capsys):
