@@ -81,8 +81,9 @@ def rotate(x, angles):
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention, x (B, T, C) -> (B, T, C). angles are those of rotate() or None; with a
-    cache, x is the prompt, or one token that continues what it holds."""
+    """Multi-head attention, x (B, T, C) -> (B, T, C), or with where (B, T) bool the rows of these
+    positions (N, C). angles are those of rotate() or None; with a cache, x is prompts, or one token that
+    continues each row."""
 
     def __init__(self, config):
         super().__init__()
@@ -91,7 +92,7 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, angles, cache):
+    def forward(self, x, angles, cache, where):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # (B, nh, T, hs) each
@@ -105,13 +106,14 @@ class CausalSelfAttention(nn.Module):
             # one query over all slots: twice as quick on a CPU as the fused kernel over the filled ones
             scores = (q * q.size(-1) ** -0.5) @ keys.transpose(2, 3) + cache.bias  # (B, nh, 1, S)
             y = scores.softmax(-1).to(v.dtype) @ values  # (B, nh, 1, hs)
-        return self.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.dropout(self.c_proj(y if where is None else y[where]))
 
 
 class GELU(torch.autograd.Function):
     """GPT-2's GELU: 0.5 x (1 + tanh u) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3).
 
-    On a CPU, where tanh is slow, F.gelu(x, approximate="tanh") takes 1.9 times as long.
+    On a CPU, where tanh is slow, F.gelu(x, approximate="tanh") takes 1.9 times as long in float32.
     """
 
     A = torch.tensor(2 * math.sqrt(2 / math.pi), dtype=torch.double)
@@ -143,14 +145,15 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)
-        x = F.gelu(x, approximate="tanh") if x.is_cuda else GELU.apply(x)
+        plain = x.is_cuda or x.dtype == torch.bfloat16
+        x = F.gelu(x, approximate="tanh") if plain else GELU.apply(x)
         return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
     """x (B, T, C) -> (B, T, C): attention, then MLP, each reading through a LayerNorm, added to x.
 
-    With where (B, T) bool the MLP runs at those positions only -> (N, C).
+    With where (B, T) bool what follows the attention runs at those positions only -> (N, C).
     """
 
     def __init__(self, config):
@@ -161,8 +164,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, angles, cache, where=None):
-        x = x + self.attn(self.ln_1(x), angles, cache)
-        x = x if where is None else x[where]
+        attended = self.attn(self.ln_1(x), angles, cache, where)
+        x = (x if where is None else x[where]) + attended
         return x + self.mlp(self.ln_2(x))
 
 
@@ -361,7 +364,9 @@ class ScalarGPT(nn.Module):
     def forward(self, tokens, where=None):
         """tokens (B, T) -> one scalar per position (B, T), or (N,) where the bool mask (B, T) is True;
         position t has read tokens[:, :t + 1]."""
-        return self.head(self.body.hidden(tokens, where=where)).squeeze(-1)
+        hidden = self.body.hidden(tokens, where=where)
+        with torch.autocast(hidden.device.type, enabled=False):  # bf16 would round scores to 1%
+            return self.head(hidden).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -377,9 +382,15 @@ def token_logprobs(logits, tokens, temperature=1.0):
     return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
 
+def matmul_dtype(x):
+    """The type a matmul of x computes in: that of autocast if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def unembed(hidden, weight):
     """hidden (N, C), weight (V, C) -> logits (N, V), without gradients."""
-    plain = hidden.is_cuda or hidden.dtype != torch.float32 or len(weight) < 4096
+    plain = hidden.is_cuda or matmul_dtype(hidden) != torch.float32 or len(weight) < 4096
     if plain or not torch.backends.mkldnn.is_available():
         return F.linear(hidden, weight)
     # oneDNN in place of MKL: 1.5 times as quick for 64 rows and GPT-2's vocabulary
@@ -402,8 +413,9 @@ class ActionLogprobs(torch.autograd.Function):
         return zip(*(tensor.split(rows) for tensor in tensors))
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
     def forward(ctx, hidden, weight, actions):
+        ctx.dtypes = hidden.dtype, weight.dtype
+        hidden, weight = hidden.to(matmul_dtype(hidden)), weight.to(matmul_dtype(weight))
         logprobs, held = torch.empty(actions.shape, device=hidden.device), []
         for h, a, out in ActionLogprobs.pieces(weight, hidden, actions, logprobs):
             logits = unembed(h, weight).float()  # (n, V)
@@ -417,10 +429,12 @@ class ActionLogprobs(torch.autograd.Function):
         return logprobs
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx, gradient):
         hidden, weight, actions, *held = ctx.saved_tensors
-        to_hidden, to_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        to_hidden, to_weight = (
+            torch.zeros(x.shape, dtype=dtype, device=x.device)
+            for x, dtype in zip((hidden, weight), ctx.dtypes)
+        )
         pieces = ActionLogprobs.pieces(weight, hidden, actions, gradient, to_hidden)
         for i, (h, a, g, out) in enumerate(pieces):
             # d logprob / d logits = onehot(action) - softmax(logits)
@@ -428,7 +442,10 @@ class ActionLogprobs(torch.autograd.Function):
             to_logits = (softmax * -g[:, None]).scatter_add_(1, a[:, None], g[:, None])  # (n, V)
             to_logits = to_logits.to(h.dtype)
             out.copy_(to_logits @ weight)
-            to_weight.addmm_(to_logits.T, h)
+            if h.dtype == to_weight.dtype:
+                to_weight.addmm_(to_logits.T, h)
+            else:  # a sum over pieces in bf16 would round each of them
+                to_weight += to_logits.T @ h
         return to_hidden, to_weight, None
 
 
@@ -501,16 +518,11 @@ class Cache:
 
     def __init__(self, gpt, rows, slots):
         config, weight = gpt.config, gpt.lm_head.weight
-        dtype = (
-            torch.get_autocast_dtype(weight.device.type)
-            if torch.is_autocast_enabled(weight.device.type)
-            else weight.dtype
-        )
         self.slots = slots
         shape = (rows, config.n_head, slots, config.n_embd // config.n_head)
+        kind = dict(dtype=matmul_dtype(weight), device=weight.device)
         self.buffers = {
-            block.attn: [torch.zeros(shape, dtype=dtype, device=weight.device) for _ in "kv"]
-            for block in gpt.transformer.h
+            block.attn: [torch.zeros(shape, **kind) for _ in "kv"] for block in gpt.transformer.h
         }
 
     def fill(self, rows, T):
@@ -702,6 +714,9 @@ def check_values(config):
             )
         if name in ("sft_dropout", "pretrain_share", "primer_share", "gamma", "lam", "ema"):
             check(value <= 1, f"--{name}={value}: expected at most 1")
+        if name == "dtype":
+            known = ("", "float32", "bfloat16")
+            check(value in known, f"--dtype={value} is unknown: use float32 or bfloat16")
     check(config.seed >= 0, f"--seed={config.seed}: expected a whole number, not below 0")
     get_device(config.device)
     try:
@@ -728,9 +743,11 @@ def get_device(name):
     return torch.device(name)
 
 
-def autocast(device):
-    """bf16 activations with fp32 master weights on a GPU (paper: fp16), plain fp32 on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(device, dtype=""):
+    """bfloat16: activations in bf16, master weights in fp32 (paper: fp16). '' is that on a GPU, float32
+    on a CPU."""
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def adamw(model, lr, weight_decay=0.0):

@@ -48,6 +48,7 @@ class Config:
     seed: int = 1
     data: str = ""  # folder of dataset files; '' is the miniature world
     device: str = ""
+    dtype: str = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
     encoding: str = "bpe"
     base: str = ""  # '' is out/base.pt; also gpt2 or a Hugging Face folder
     sft: str = ""  # the baseline, for the last table; '' is out/sft.pt
@@ -220,7 +221,7 @@ def rollout(policy, ref, reward_model, value_model, prompts, tokenizer, config, 
     """
     device = policy.lm_head.weight.device
     started = time.monotonic()
-    with model.autocast(device):
+    with model.autocast(device, config.dtype):
         # 1. sample; eot is an action like any other, what would follow it is never made
         tokens, lengths = model.generate(
             policy, prompts, config.max_new_tokens, config.temperature, tokenizer.eot, generator
@@ -275,9 +276,8 @@ def print_samples(tokenizer, batch, count=2):
 def ensure(config):
     """Train the defaults that are missing before PPO, each by its own stage, with this run's
     shared flags."""
-    shared = {
-        name: getattr(config, name) for name in ("scale", "out", "seed", "data", "device", "encoding")
-    }
+    names = ("scale", "out", "seed", "data", "device", "dtype", "encoding")
+    shared = {name: getattr(config, name) for name in names}
     given = dict(base=config.base) if config.base else {}
     wanted = [name for name in ("base", "sft", "ppo_init") if not getattr(config, name)]
     if not all(model.is_finished(os.path.join(config.out, f"{name}.pt")) for name in wanted):
@@ -462,7 +462,7 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     )
     device = tokens.device
     # policy: eq. 2, first term
-    with model.autocast(device):
+    with model.autocast(device, config.dtype):
         new_logprobs = model.by_length(
             lambda t, m: model.masked_logprobs(policy, t, m, config.temperature), tokens, lengths, mask
         )
@@ -473,13 +473,13 @@ def update(policy, value_model, ema, optimizer, value_optimizer, minibatch, ptx_
     # policy: eq. 2, second term, into the same gradients
     ptx_loss = torch.zeros(())
     if ptx_batch is not None:
-        with model.autocast(device):
+        with model.autocast(device, config.dtype):
             ptx_loss = sft.lm_loss(policy, *(x.to(device) for x in ptx_batch))
         (config.ptx_coef * ptx_loss).backward()
     model.optimizer_step(optimizer, policy, config.lr * factor, config.grad_clip)
     update_ema(ema, policy, config.ema)
     # value: its own network, its own step
-    with model.autocast(device):
+    with model.autocast(device, config.dtype):
         new_values = model.by_length(
             lambda t, m: model.masked_values(value_model, t, m), tokens, lengths, mask
         )

@@ -45,6 +45,7 @@ class Config:
     seed: int = 1
     data: str = ""  # folder of dataset files; '' is the miniature world
     device: str = ""
+    dtype: str = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
     encoding: str = "bpe"
     base: str = ""  # '' is out/base.pt
     sft: str = ""  # what the reward model starts from, its last epoch; '' is out/sft.pt
@@ -169,7 +170,7 @@ def train_step(reward_model, optimizer, batch, lr, config, device):
 
     If that is not finite, no step is made.
     """
-    with model.autocast(device):
+    with model.autocast(device, config.dtype):
         scores, ranks = score_groups(reward_model, batch, device)  # (B, K)
     loss = ranking_loss(scores, ranks)
     if math.isfinite(loss.item()):  # else the caller stops, with the last good weights untouched

@@ -40,6 +40,7 @@ class Config:
     seed: int = 1
     data: str = ""  # folder of dataset files; '' is the miniature world
     device: str = ""  # cpu or cuda; '' takes cuda if it is there
+    dtype: str = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
     encoding: str = "bpe"  # bpe: trained on the data at hand; gpt2
     base: str = ""  # start from a checkpoint, a Hugging Face folder or gpt2; '' pretrains out/base.pt
 
@@ -161,7 +162,7 @@ def train(
             tokens, mask = tokens.to(device), mask.to(device)
             # 2. the loss and its gradients
             gpt.train()
-            with model.autocast(device):
+            with model.autocast(device, config.dtype):
                 loss = lm_loss(gpt, tokens, mask)
             model.check_finite(loss.item(), step, path)
             loss.backward()

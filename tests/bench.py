@@ -96,19 +96,19 @@ def generation_work(config):
     return "new tokens", rows * NEW, rows * (prefill + decode_flops(config, NEW))
 
 
-def generation_ours(config, device):
+def generation_ours(config, device, dtype):
     gpt = GPT(config).to(device).eval()
     prompts = random_rows(config, generation_rows(config), PROMPT)
     generator = torch.Generator(device).manual_seed(0)
 
     def step():
-        with model.autocast(torch.device(device)):
+        with model.autocast(torch.device(device), dtype):
             model.generate(gpt, prompts, NEW, 1.0, None, generator)
 
     return lambda: times(step, 1)
 
 
-def generation_without_cache(config, device):
+def generation_without_cache(config, device, dtype):
     """As nanoGPT does it: all tokens again for every new one, logits of the last, multinomial."""
     gpt = GPT(config).to(device).eval()
     prompts = torch.tensor(random_rows(config, generation_rows(config), PROMPT), device=device)
@@ -117,14 +117,15 @@ def generation_without_cache(config, device):
     def step():
         tokens = prompts
         for _ in range(NEW):
-            logits = gpt.lm_head(gpt.hidden(tokens)[:, -1])
+            with model.autocast(torch.device(device), dtype):
+                logits = gpt.lm_head(gpt.hidden(tokens)[:, -1]).float()
             tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1)], 1)
 
     return lambda: times(step, 1)
 
 
-def generation_transformers(config, device):
-    theirs = transformers.GPT2LMHeadModel(hf_config(config)).to(device).eval()
+def generation_transformers(config, device, dtype):
+    theirs = transformers.GPT2LMHeadModel(hf_config(config)).to(device, getattr(torch, dtype)).eval()
     prompts = torch.tensor(random_rows(config, generation_rows(config), PROMPT), device=device)
     sampling = dict(do_sample=True, top_k=0, max_new_tokens=NEW)
 
@@ -146,10 +147,10 @@ def ppo_work(config):
     return "episodes", EPISODES, EPISODES * (sampled + 2 * judged + 2 * scored + 3 * (judged + scored))
 
 
-def ppo_ours(config, device):
+def ppo_ours(config, device, dtype):
     settings = ppo.Config(
         rollout_size=EPISODES, minibatch_size=EPISODES // MINIBATCHES, max_new_tokens=RESPONSE,
-        ptx_coef=0.0,
+        ptx_coef=0.0, dtype=dtype,
     )
     policy = GPT(config).to(device).eval()
     reward_model = ScalarGPT.from_gpt(policy).eval()
@@ -177,7 +178,7 @@ def ppo_ours(config, device):
     return lambda: times(step, 2)
 
 
-def ppo_trl(config, device):
+def ppo_trl(config, device, dtype):
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     policy = transformers.GPT2LMHeadModel(hf_config(config))
@@ -188,7 +189,7 @@ def ppo_trl(config, device):
     args = PPOConfig(
         per_device_train_batch_size=EPISODES, num_mini_batches=MINIBATCHES, num_ppo_epochs=1,
         total_episodes=3 * EPISODES, response_length=RESPONSE, temperature=1.0,
-        num_sample_generations=0, **hf_arguments(),
+        num_sample_generations=0, **hf_arguments(dtype),
     )
     trainer = PPOTrainer(
         args, hf_tokenizer(config), policy, copy.deepcopy(policy), judges[0], rows, judges[1],
@@ -211,11 +212,11 @@ def random_groups(config):
     return [rows[i * K : (i + 1) * K] for i in range(GROUPS)]
 
 
-def reward_ours(config, device):
+def reward_ours(config, device, dtype):
     network = ScalarGPT.from_gpt(GPT(config).to(device))
     optimizer = model.adamw(network, 1e-5)
     groups = [(rows, list(range(1, K + 1))) for rows in random_groups(config)]
-    settings = reward.Config()
+    settings = reward.Config(dtype=dtype)
 
     def step():
         reward.train_step(network, optimizer, groups, 1e-5, settings, torch.device(device))
@@ -223,7 +224,7 @@ def reward_ours(config, device):
     return lambda: times(step, 6)
 
 
-def reward_trl(config, device):
+def reward_trl(config, device, dtype):
     """The same comparisons, one by one: two forwards each."""
     better = [(i, j) for i in range(K) for j in range(i + 1, K)]
     pairs = [
@@ -232,7 +233,7 @@ def reward_trl(config, device):
     ]
     args = trl.RewardConfig(
         per_device_train_batch_size=len(pairs), max_steps=4, gradient_checkpointing=False,
-        **hf_arguments(),
+        **hf_arguments(dtype),
     )
     trainer = trl.RewardTrainer(
         transformers.GPT2ForSequenceClassification(hf_config(config, num_labels=1)), args,
@@ -251,7 +252,7 @@ def sft_work(config):
     return "tokens", SFT_ROWS * (PROMPT + RESPONSE), 3 * forwards
 
 
-def sft_ours(config, device):
+def sft_ours(config, device, dtype):
     gpt = GPT(config).to(device).train()
     optimizer = model.adamw(gpt, 1e-5)
     rows = random_rows(config, SFT_ROWS, PROMPT + RESPONSE)
@@ -259,7 +260,7 @@ def sft_ours(config, device):
 
     def step():
         tokens, mask = (x.to(device) for x in sft.demonstration_batch(pairs))
-        with model.autocast(torch.device(device)):
+        with model.autocast(torch.device(device), dtype):
             loss = sft.lm_loss(gpt, tokens, mask)
         model.check_finite(loss.item(), 1, "")
         loss.backward()
@@ -268,10 +269,10 @@ def sft_ours(config, device):
     return lambda: times(step, 20)
 
 
-def sft_trl(config, device, checkpointing=False):
+def sft_trl(config, device, dtype, checkpointing=False):
     args = trl.SFTConfig(
         per_device_train_batch_size=SFT_ROWS, max_steps=20, gradient_checkpointing=checkpointing,
-        **hf_arguments(),
+        **hf_arguments(dtype),
     )
     rows = [
         dict(input_ids=row, labels=[-100] * PROMPT + row[PROMPT:])
@@ -285,11 +286,11 @@ def sft_trl(config, device, checkpointing=False):
     return lambda: Stopwatch.of(trainer)
 
 
-def sft_trl_checkpointing(config, device):
-    return sft_trl(config, device, checkpointing=True)
+def sft_trl_checkpointing(config, device, dtype):
+    return sft_trl(config, device, dtype, checkpointing=True)
 
 
-# name: sizes, work, contestants: each a function of GPTConfig and device that returns one without
+# name: sizes, work, contestants: each a function of GPTConfig, device, dtype that returns one without
 # arguments, which makes some steps and returns the seconds of each
 BENCHMARKS = dict(
     generation=("ABC", generation_work, {
@@ -365,10 +366,10 @@ def hf_tokenizer(config):
     )
 
 
-def hf_arguments():
+def hf_arguments(dtype):
     return dict(
         output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), logging_steps=10**6,
+        use_cpu=not torch.cuda.is_available(), bf16=dtype == "bfloat16", logging_steps=10**6,
         learning_rate=1e-5,
     )
 
@@ -382,9 +383,9 @@ def random_rows(config, rows, tokens):
 # measuring
 
 
-def matmul_peak(device):
+def matmul_peak(device, dtype):
     """Floating-point operations a second of a matmul of 2048 x 2048: best of seven."""
-    x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
+    x = torch.randn(2048, 2048, device=device, dtype=getattr(torch, dtype))
     return 2 * 2048**3 / min(times(lambda: x @ x, 7))
 
 
@@ -392,7 +393,8 @@ class Contestant:
     """One contestant in a process of its own: what it sets or allocates is not the others'."""
 
     def __init__(self, name, size, who, args):
-        flags = [f"--sizes={size}", f"--threads={args.threads}", f"--device={args.device}"]
+        flags = [f"--sizes={size}"]
+        flags += [f"--{name}={getattr(args, name)}" for name in ("threads", "device", "dtype")]
         # by way of a shell that stays: Linux counts the memory of the parent as a child's peak
         command = shlex.join([sys.executable, __file__, name, *flags, f"--alone={who}"]) + "; exit $?"
         self.process = subprocess.Popen(
@@ -411,11 +413,11 @@ class Contestant:
         return float(self.process.stdout.readline())
 
 
-def alone(name, size, who, device):
+def alone(name, size, who, device, dtype):
     """The other side of Contestant: seconds for every line that comes, then the peak memory."""
     torch.manual_seed(0)
     build = BENCHMARKS[name][2][who]
-    run = build(SIZES[size], device)
+    run = build(SIZES[size], device, dtype)
     for _ in sys.stdin:
         print(statistics.median(run()), flush=True)
     print(model.peak_memory_gb())
@@ -432,7 +434,7 @@ def compare(name, size, args):
     }
     peaks = []
     for _ in range(TURNS):
-        peaks.append(matmul_peak(args.device))
+        peaks.append(matmul_peak(args.device, args.dtype))
         for contestant in contestants.values():
             contestant.turn()
     ours = contestants["ours"].turns
@@ -441,7 +443,7 @@ def compare(name, size, args):
     for who, contestant in contestants.items():
         ratios = [theirs / mine for theirs, mine in zip(contestant.turns, ours)]
         rows.append(dict(
-            benchmark=name, size=size, unit=unit, who=who,
+            benchmark=name, size=size, dtype=args.dtype, unit=unit, who=who,
             rate=items / statistics.median(contestant.turns), ratio=statistics.median(ratios),
             lowest=min(ratios), highest=max(ratios), share_of_peak=share if who == "ours" else None,
             memory_gb=contestant.memory_gb(),
@@ -476,15 +478,17 @@ def main():
     parser.add_argument("--sizes", default="ABC", help="letters of A, B, C")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", help="float32 or bfloat16, of all; as the stages choose it")
     parser.add_argument("--only", default="", help="peers with this in their name")
     parser.add_argument("--json", default="", help="write the rows there too")
     parser.add_argument("--alone", default="", help="one contestant, asked by the main process")
     args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     torch.set_num_threads(args.threads)
     if args.alone not in ("ours", "without a cache"):
         load_peers()
     if args.alone:
-        alone(args.benchmarks[0], args.sizes, args.alone, args.device)
+        alone(args.benchmarks[0], args.sizes, args.alone, args.device, args.dtype)
         return
     rows = []
     for name in args.benchmarks or BENCHMARKS:
@@ -496,8 +500,8 @@ def main():
     print("\n".join(table(rows)))
     packages = [x for x, there in (("transformers", transformers), ("trl", trl)) if there]
     versions = ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ["torch", *packages])
-    peak = matmul_peak(args.device) / 1e9
-    print(f"{args.threads} thread, {peak:,.0f} GFLOP/s in a large matmul; {versions}")
+    peak = matmul_peak(args.device, args.dtype) / 1e9
+    print(f"{args.threads} thread, {peak:,.0f} GFLOP/s in a large matmul of {args.dtype}; {versions}")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1))
 

@@ -10,13 +10,14 @@ import model
 TINY = model.GPTConfig(vocab_size=40, block_size=128, n_layer=2, n_head=2, n_embd=16)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", bench.BENCHMARKS)
-def test_our_contestants_run(name):
+def test_our_contestants_run(name, dtype):
     _, work, contestants = bench.BENCHMARKS[name]
     unit, items, flops = work(TINY)
     assert unit and items > 0 and flops > 0
     for who in {"ours", "without a cache"} & set(contestants):
-        assert min(contestants[who](TINY, "cpu")()) > 0
+        assert min(contestants[who](TINY, "cpu", dtype)()) > 0
 
 
 def test_forward_flops_are_those_that_torch_counts():
