@@ -80,10 +80,15 @@ def rotate(x, angles):
     return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
+def pick(x, where):
+    """x (B, T, C), where (N,) indices into B * T, or None for all -> (N, C)."""
+    return x if where is None else x.flatten(0, 1).index_select(0, where)  # x[where] takes 2x as long
+
+
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention, x (B, T, C) -> (B, T, C), or with where (B, T) bool the rows of these
-    positions (N, C). angles are those of rotate() or None; with a cache, x is prompts, or one token that
-    continues each row."""
+    """Multi-head attention, x (B, T, C) -> (B, T, C), or with where (N,), indices into B * T, the rows
+    of these positions (N, C). angles are those of rotate() or None; with a cache, x is prompts, or one
+    token that continues each row."""
 
     def __init__(self, config):
         super().__init__()
@@ -107,7 +112,7 @@ class CausalSelfAttention(nn.Module):
             scores = (q * q.size(-1) ** -0.5) @ keys.transpose(2, 3) + cache.bias  # (B, nh, 1, S)
             y = scores.softmax(-1).to(v.dtype) @ values  # (B, nh, 1, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.dropout(self.c_proj(y if where is None else y[where]))
+        return self.dropout(self.c_proj(pick(y, where)))
 
 
 class GELU(torch.autograd.Function):
@@ -153,7 +158,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x (B, T, C) -> (B, T, C): attention, then MLP, each reading through a LayerNorm, added to x.
 
-    With where (B, T) bool what follows the attention runs at those positions only -> (N, C).
+    With where (N,), indices into B * T, what follows the attention runs there only -> (N, C).
     """
 
     def __init__(self, config):
@@ -165,7 +170,7 @@ class Block(nn.Module):
 
     def forward(self, x, angles, cache, where=None):
         attended = self.attn(self.ln_1(x), angles, cache, where)
-        x = (x if where is None else x[where]) + attended
+        x = pick(x, where) + attended
         return x + self.mlp(self.ln_2(x))
 
 
@@ -227,6 +232,7 @@ class GPT(nn.Module):
         *blocks, last = self.transformer.h
         for block in blocks:
             x = block(x, angles, cache)
+        where = None if where is None else where.flatten().nonzero().squeeze(1)  # (N,)
         x = last(x, angles, cache, where)
         return self.transformer.ln_f(x)
 
@@ -555,7 +561,7 @@ class Cache:
     def select(self, rows):
         """Keep these rows, in this order; a row may be taken more than once."""
         for layer, buffers in self.buffers.items():
-            self.buffers[layer] = [buffer[rows] for buffer in buffers]
+            self.buffers[layer] = [buffer.index_select(0, rows) for buffer in buffers]
 
     def drop(self, ended):
         """Forget the rows where ended (B,) is True -> which rows stay, in their new order: the last
@@ -566,7 +572,7 @@ class Cache:
         order[free] = order[count:][~ended[count:]]
         for layer, buffers in self.buffers.items():
             for buffer in buffers:
-                buffer[free] = buffer[order[free]]
+                buffer.index_copy_(0, free, buffer.index_select(0, order[free]))
             self.buffers[layer] = [buffer[:count] for buffer in buffers]
         return order[:count]
 

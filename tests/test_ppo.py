@@ -594,12 +594,24 @@ def test_by_length_returns_each_row_in_its_place(size, monkeypatch):
     assert torch.equal(found[inside], tokens[:, 1:][inside].float())
 
 
+@pytest.mark.parametrize("lengths, pieces", [
+    ([7, 6], [[1, 0]]),  # 14 of 14 tokens
+    ([7, 8], [[0], [1]]),  # 16
+    ([15, 20], [[0], [1]]),  # a row alone may be longer
+    ([3, 4], [[0], [1]]),  # 4 > 1.25 * 3, and row 0 would take more than a quarter of 14
+    ([2, 3], [[0, 1]]),  # 3 > 1.25 * 2, but less than that
+    ([], [[]]),
+])
+def test_rows_of_a_microbatch_fit_and_are_of_similar_length(lengths, pieces, monkeypatch):
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 14)
+    assert model.microbatches(lengths, torch.device("cpu")) == pieces
+
+
 def test_by_length_cuts_each_piece_to_its_longest_row(monkeypatch):
-    """Lengths 3, 4 | 7, 7 | 9 | 12 in 14 tokens at most: short rows are not computed as long ones, and nothing
-    of a row is cut off."""
+    """Lengths 3, 4 | 7, 7 | 9 | 12: short rows are not computed as long ones, and nothing of a row is cut off."""
     tokens, lengths, mask = six_rows()
     shapes, actions = [], []
-    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 14)
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 40)
 
     def spy(t, m):
         shapes.append((tuple(t.shape), tuple(m.shape)))
