@@ -249,6 +249,37 @@ def test_action_logprobs_and_their_gradients_are_autograds(monkeypatch, piece, h
         close(mine, autograds, 1e-5)
 
 
+def test_the_logprob_of_an_action_that_never_happens_is_finite():
+    """exp(-200) is 0 in float32; a KL of -inf would end the run."""
+    logits = torch.tensor([[0.0, 200.0]], requires_grad=True)
+    logprob = model.ActionLogprobs.apply(logits, torch.eye(2), torch.tensor([0]))
+    assert logprob.item() == -200 and torch.autograd.grad(logprob, logits)[0].tolist() == [[1.0, -1.0]]
+
+
+@pytest.mark.parametrize("piece", [11, 55])
+def test_bfloat16_rounds_logprobs_and_gradients_but_keeps_their_type(monkeypatch, piece):
+    monkeypatch.setattr(model.ActionLogprobs, "PIECE", piece)
+    weighing = torch.linspace(-1, 1, 15).view(3, 5)
+    results = {}
+    for dtype in ("float32", "bfloat16"):
+        gpt = tiny_gpt(std=0.1)
+        with model.autocast(torch.device("cpu"), dtype):
+            found = model.masked_logprobs(gpt, TOKENS[:, :6].repeat(2, 1)[:3], weighing.abs() > 0.2)
+        (found * weighing).sum().backward()
+        results[dtype] = [found.detach(), *(p.grad for p in gpt.parameters())]
+    for rounded, exact in zip(results["bfloat16"], results["float32"]):
+        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+        assert (rounded - exact).norm() < 0.03 * exact.norm()
+
+
+def test_bfloat16_does_not_round_scores():
+    scalar = tiny_scalar()
+    with model.autocast(torch.device("cpu"), "bfloat16"):
+        scores = scalar(TOKENS)
+    assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+    close(scores, scalar(TOKENS), 0.1)
+
+
 def test_unembed_is_a_matmul_at_a_large_vocabulary_too():
     for vocab_size in (7, 5000):
         hidden, weight = torch.randn(3, 8), torch.randn(vocab_size, 8)
@@ -328,9 +359,11 @@ def rows_of(tokens, lengths):
     return [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist())]
 
 
+@pytest.mark.parametrize("size", [1, 6, 1024])  # tokens of a forward: prompts one by one, some, all
 @BOTH_POSITIONS
-def test_cached_logits_equal_a_full_forward_at_every_step(rotary, monkeypatch):
+def test_cached_logits_equal_a_full_forward_at_every_step(rotary, size, monkeypatch):
     """J7: with ragged prompts, in float64."""
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", size)
     gpt = tiny_gpt(rotary=rotary).double()
     seen = watch_logits(monkeypatch)
     tokens, _ = model.generate(gpt, RAGGED, 8, generator=torch.Generator().manual_seed(0))
@@ -344,6 +377,7 @@ def test_cached_logits_equal_a_full_forward_at_every_step(rotary, monkeypatch):
 def test_dropping_finished_rows_changes_nothing_for_greedy(rotary, monkeypatch):
     """J7: forty rows that end at different steps and leave the batch;
     each equals its own uncached decoding."""
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 30)
     gpt, eot = tiny_gpt(0, rotary=rotary, std=0.2).double(), 7
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(11, (n % 5 + 1,), generator=generator).tolist() for n in range(40)]
@@ -400,7 +434,8 @@ def test_generation_stops_when_every_row_has_ended(monkeypatch):
     assert len(seen) == 1 and lengths.tolist() == [len(prompt) + 1 for prompt in RAGGED]
 
 
-def test_equal_prompts_are_continued_each_in_its_place():
+def test_equal_prompts_are_continued_each_in_its_place(monkeypatch):
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 4)
     gpt = tiny_gpt().double()
     prompts = [[1, 2], [3, 4, 5], [1, 2], [6], [3, 4, 5], [1, 2]]
     found = rows_of(*model.generate(gpt, prompts, 6, temperature=0))
@@ -853,6 +888,7 @@ class Config:
     out: str = "out"
     data: str = ""
     device: str = ""
+    dtype: str = ""
     seed: int = 1
     batch: int = 8
     lr: float = 1e-3
@@ -915,6 +951,7 @@ def test_help_lists_every_flag(capsys):
     (dict(ptx_coef=-1.0), "--ptx_coef=-1.0: expected a finite number, not below 0"),
     (dict(ptx_coef=math.inf), "--ptx_coef=inf: expected a finite number"),
     (dict(device="tpu"), "--device=tpu is unknown: use cpu or cuda"),
+    (dict(dtype="float16"), "--dtype=float16 is unknown: use float32 or bfloat16"),
 ])
 def test_values_are_checked_before_anything_trains(tmp_path, flags, message):
     with pytest.raises(SystemExit) as stop:
