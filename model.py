@@ -38,7 +38,7 @@ except ImportError:  # Windows has none
 
 # Large tensors, the logits above all, come and go at every step. glibc gives their memory back, and the
 # system clears every page anew: a fifth of the time of PPO with a vocabulary of 50,257
-if sys.platform == "linux":
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(-4, 0), mallopt(-1, 2**31 - 1)  # M_MMAP_MAX: no mmap; M_TRIM_THRESHOLD: keep up to 2 GB
 
@@ -565,7 +565,7 @@ class Cache:
 
     def drop(self, ended):
         """Forget the rows where ended (B,) is True -> which rows stay, in their new order: the last
-        ones move to the places of those that go, and nothing else is copied."""
+        ones move to the places of those that go. select() would copy them all, 6% of generation."""
         count = int((~ended).sum())
         order = torch.arange(len(ended), device=ended.device)
         free = order[:count][ended[:count]]

@@ -3,6 +3,7 @@ Benchmarks: how fast is this, beside transformers and TRL? Not a test: nothing h
 
     python tests/bench.py                            everything the README's table shows; 35 minutes
     python tests/bench.py generation ppo --sizes=A   some of it
+    python tests/bench.py ppo --dtype=bfloat16       all contestants in bfloat16
 
 Ours and the peers that are installed (pip install transformers==5.23.0 trl==1.12.0) take turns, each in
 a process of its own on one thread (--threads): untrained networks of equal shape on random tokens. A
@@ -457,13 +458,14 @@ def number(x):
 
 def table(rows):
     head = "| | size | ours, a second | share of peak | memory | beside | a second | memory | ours is |"
-    lines = [head, "|---" * 9 + "|"]
+    lines, bf16 = [head, "|---" * 9 + "|"], ", bf16"
     for row in rows:
         if row["who"] == "ours":
             ours = row
             continue
         cells = [
-            row["benchmark"], row["size"], f"{number(ours['rate'])} {row['unit']}",
+            row["benchmark"], row["size"] + bf16 * (row["dtype"] == "bfloat16"),
+            f"{number(ours['rate'])} {row['unit']}",
             f"{ours['share_of_peak']:.0%}", f"{ours['memory_gb']:.2f} GB", row["who"],
             number(row["rate"]), f"{row['memory_gb']:.2f} GB",
             f"**{row['ratio']:.2f}x** ({row['lowest']:.2f} to {row['highest']:.2f})",

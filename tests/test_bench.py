@@ -33,7 +33,7 @@ def test_forward_flops_are_those_that_torch_counts():
 
 
 def test_the_table_says_how_many_times_as_quick_ours_is():
-    row = dict(benchmark="ppo", size="A", unit="episodes", memory_gb=0.5, share_of_peak=0.6)
+    row = dict(benchmark="ppo", size="A", dtype="float32", unit="episodes", memory_gb=0.5, share_of_peak=0.6)
     ours = dict(row, who="ours", rate=60.0, ratio=1.0, lowest=1.0, highest=1.0)
     peer = dict(row, who="TRL", rate=30.0, ratio=2.0, lowest=1.9, highest=2.1, share_of_peak=None)
     last = bench.table([ours, peer])[-1]
