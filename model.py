@@ -487,7 +487,7 @@ def microbatches(lengths, device):
     A quarter of that suffices where the next row is a quarter longer than the shortest: small forwards
     cost less than padding.
     """
-    pieces, size = [[]], MICROBATCH_TOKENS[device.type]
+    pieces, size = [[]], MICROBATCH_TOKENS[torch.device(device).type]
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         count, length = len(pieces[-1]), lengths[row]
         is_full = (count + 1) * length > size
