@@ -70,3 +70,11 @@ def chain(tmp_path_factory):
     reward_model = tiny_scalar(2, vocab_size=tokenizer.n_vocab, block_size=64, std=0.1)
     save_tiny(folder / "reward.pt", "reward", reward_model, tokenizer)
     return folder
+
+
+@pytest.fixture
+def dtypes(monkeypatch):
+    """What --dtype each forward of a stage was given, in their order."""
+    seen, autocast = [], model.autocast
+    monkeypatch.setattr(model, "autocast", lambda device, dtype="": seen.append(dtype) or autocast(device, dtype))
+    return seen

@@ -675,12 +675,13 @@ def test_the_first_ratio_is_one(temperature):
     assert abs(stats["approx_kl"]) < 1e-9 and stats["clipfrac"] == 0
 
 
-def test_bfloat16_activations_hold_the_first_ratio_near_one():
+def test_bfloat16_activations_hold_the_first_ratio_near_one(dtypes):
     """Rows that stand in another forward than in the rollout may round otherwise: eight of 18 are updated."""
     nets = networks()
     batch, _ = roll(nets, dtype="bfloat16")
     assert not torch.equal(batch["logprobs"], batch["logprobs"].bfloat16().float())
-    stats = learner(nets, dtype="bfloat16").step(batch)
+    stats = learner(nets, dtype="bfloat16").step(batch, PTX)
+    assert dtypes == ["bfloat16"] * 4  # rollout; policy, pretraining text, value model
     assert abs(stats["max_ratio"] - 1) < 0.1 and all(math.isfinite(x) for x in stats.values())
     assert all(p.dtype == torch.float32 for net in nets for p in net.parameters())
 

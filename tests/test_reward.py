@@ -375,3 +375,9 @@ def test_the_reward_model_learns_a_simple_preference():
         reward.ranking_loss(*reward.score_groups(network, groups, torch.device("cpu"))).backward()
         model.optimizer_step(optimizer, network, 1e-2, 1.0)
     assert reward.evaluate(network, [group() for _ in range(50)], torch.device("cpu"))["accuracy"] > 0.95
+
+
+def test_dtype_reaches_every_step(dtypes):
+    scalar, config = tiny_scalar(), reward.Config(dtype="bfloat16")
+    reward.train_step(scalar, model.adamw(scalar, 1e-3), GROUPS, 1e-3, config, torch.device("cpu"))
+    assert dtypes == ["bfloat16"]

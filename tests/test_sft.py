@@ -64,3 +64,8 @@ def test_every_logged_step_has_the_memory(chain, tmp_path):
     sft.main(config_of(chain, tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "ppo_init.jsonl").read_text().splitlines()]
     assert len(rows) > 1 and all(row["memory_gb"] > 0 for row in rows[1:])  # the first row is step 0
+
+
+def test_dtype_reaches_every_step(chain, tmp_path, dtypes):
+    sft.main(config_of(chain, tmp_path, dtype="bfloat16"))
+    assert dtypes and set(dtypes) == {"bfloat16"}
