@@ -216,8 +216,8 @@ class GPT(nn.Module):
         """tokens (B, T) -> what the heads read (B, T, C). With a cache, tokens go where its fill() or
         advance() said: whole prompts, or one token (T = 1) that continues each row.
 
-        With where (B, T) bool: at those positions only (N, C), which spares the others the MLP of the
-        last block.
+        With where (B, T) bool: at those positions only (N, C), which spares the others what follows the
+        last attention.
         """
         config, device = self.config, tokens.device
         positions = (

@@ -101,9 +101,7 @@ def lm_loss(gpt, tokens, mask):
     """
     columns = torch.arange(2, tokens.size(1) + 1, device=mask.device)
     lengths = (mask * columns).amax(1).clamp(min=2)  # (B,), up to the last action that counts
-    logprobs = model.by_length(
-        lambda t, m: model.masked_logprobs(gpt, t, m), tokens, lengths, mask
-    )
+    logprobs = model.by_length(lambda t, m: model.masked_logprobs(gpt, t, m), tokens, lengths, mask)
     return -(logprobs.sum() / mask.sum())
 
 

@@ -10,7 +10,7 @@ a process of its own on one thread (--threads): untrained networks of equal shap
 figure is the median of five turns, a ratio the median of the five turns' ratios. All rows have one
 length and none ends early: what we save on real text by not computing padding is not in it. The share
 of peak is our arithmetic / time / the speed of a large matmul on this machine; it counts logits where
-they are read, the last block's MLP everywhere. Memory is the peak of the process, libraries included.
+they are read, the last block everywhere. Memory is the peak of the process, libraries included.
 """
 
 import argparse
