@@ -284,6 +284,8 @@ def test_unembed_is_a_matmul_at_a_large_vocabulary_too():
     for vocab_size in (7, 5000):
         hidden, weight = torch.randn(3, 8), torch.randn(vocab_size, 8)
         close(model.unembed(hidden, weight), hidden @ weight.T, 1e-5)
+        with model.autocast(CPU, "bfloat16"):
+            close(model.unembed(hidden, weight).float(), hidden @ weight.T, 1e-5)
 
 
 def test_gelu_is_torchs_tanh_form_and_so_is_its_gradient():
