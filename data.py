@@ -20,13 +20,15 @@ are actions (column t belongs to tokens[:, t + 1], see model.py):
 
 Which tokens are trained on? Pretraining: all but the first of a row, which is one document. SFT: mask.
 Reward model: none is predicted, its scalar is read at the last real token. PPO: mask, and the same mask
-for kl, rewards, values and advantages. eot is always an action, padding never.
+for kl, rewards, values and advantages. eot is always an action, padding never: were padding eot too (as
+where GPT-2's one special token serves as both) and all of it masked, no model would learn to stop.
 
-The file in order: tokenizer; the miniature world (its words and patterns are plain text under
-assets/world); simulated labelers; the datasets of the world; batches; dataset files; importers
-(`python data.py import FORMAT FILE.. --out=DIR`).
+The file in order: what RLHF needs of its data, 250 lines; below the bar, not needed to follow the
+algorithm, the miniature world (its words and patterns are plain text under assets/world), simulated
+labelers, the tokenizer, dataset files, importers (`python data.py import FORMAT FILE.. --out=DIR`).
 """
 
+import functools
 import gzip
 import itertools
 import json
@@ -37,12 +39,889 @@ import re
 import sys
 import zlib
 from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import NewType
 
 import numpy as np
 import tiktoken
 import torch
 
 import model
+
+# --------------------------------------------------------------------------------------------------
+# the flags that all stages share; the type of a flag says its range (sft.KINDS)
+
+Count, Seed = NewType("Count", int), NewType("Seed", int)
+Rate, Share, Amount = NewType("Rate", float), NewType("Share", float), NewType("Amount", float)
+
+
+@dataclass
+class Common:
+    # where and what
+    scale: str = "cpu"  # tiny, cpu, gpu, gpt2: other defaults, COMMON_SCALES here and SCALES of a stage
+    out: str = "out"  # folder for checkpoints and logs
+    from_: str = ""  # --from=DIR: earlier stages that --out lacks are taken from there
+    fresh: bool = False  # make this stage anew, over what it left in --out
+    seed: Seed = 1
+    data: str = ""  # folder of dataset files; '' is the miniature world
+    device: str = ""  # cpu or cuda; '' takes cuda if it is there
+    dtype: str = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
+    encoding: str = "bpe"  # bpe: trained on the data at hand; gpt2
+    base: str = ""  # a checkpoint, a Hugging Face folder or gpt2; '' is base.pt, pretrained here
+
+    # lengths, tokens
+    block_size: Count = 256  # the context (paper: 2048)
+    document_length: Count = 128  # of pretraining text; longer documents are cut into pieces
+    max_new_tokens: Count = 28  # of a response (paper: 1k)
+
+    # logging
+    log_every: Count = 200  # steps; PPO: iterations
+    save_seconds: Amount = 15.0  # a killed run loses at most this much
+
+
+COMMON_SCALES = dict(
+    tiny=dict(log_every=20, save_seconds=5.0),
+    cpu=dict(),
+    gpu=dict(),
+    gpt2=dict(encoding="gpt2", base="gpt2", block_size=1024, max_new_tokens=128),
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# the three datasets
+
+
+@functools.cache
+def load(folder, scale, seed):
+    """The datasets of a run, from the world ('') or from a folder of files -> dict of lists:
+
+    pretrain, pretrain_valid, primer      texts; the primer is read first, and empty for a folder
+    demonstrations, demonstrations_valid  rows with prompt, response
+    comparisons, comparisons_valid        rows with prompt, responses, ranks
+    comparison_prompts                    the world has these instead: its labelers wait for samples,
+                                          and comparisons is None
+    prompts, valid, test                  rows with prompt: for PPO, for choices, for the last table
+
+    Made once in a process; do not write into it. Raises SystemExit for a folder without comparisons
+    and for the first malformed row.
+    """
+    if not folder:
+        if scale not in WORLD_SIZES:
+            raise SystemExit(f"--scale={scale} is for real text: pass a folder, --data=DIR")
+        return world_data(World(), scale, seed)
+    rows = read_folder(folder)
+    documents = random.Random(f"documents {seed}").sample(rows["pretrain"], len(rows["pretrain"]))
+    n_valid = max(1, len(documents) // 40)
+    split = dict(
+        pretrain_valid=documents[:n_valid], pretrain=documents[n_valid:] or documents, primer=[]
+    )
+    for name, shares, *parts in (
+        ("demonstrations", (0.9, 0.1), "demonstrations", "demonstrations_valid"),
+        ("comparisons", (0.9, 0.1), "comparisons", "comparisons_valid"),
+        ("prompts", (0.8, 0.1, 0.1), "prompts", "valid", "test"),
+    ):
+        split.update(zip(parts, split_by_user(rows[name], shares, seed, name)))
+    return split
+
+
+def encode_documents(tokenizer, texts, length):
+    """Documents -> lists of ids, each ended by eot and cut into pieces of at most `length` ids.
+
+    A row of training text is one document (or a piece of a long one), not a window over several as in
+    nanoGPT: a word is then looked up in the one text that is there, and copying from a prompt is learnt
+    in a fifth of the steps.
+    """
+    pieces = []
+    for text in texts:
+        ids = tokenizer.encode(text) + [tokenizer.eot]
+        pieces += [ids[i : i + length] for i in range(0, len(ids), length)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def encode_pairs(tokenizer, rows, block_size):
+    """Rows with prompt and response -> list of (prompt ids, response ids with eot). Rows longer than
+    the context are dropped and counted; raises SystemExit if none is left."""
+    pairs = [
+        (tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"]) + [tokenizer.eot])
+        for row in rows
+    ]
+    return fitting(pairs, lambda pair: len(pair[0]) + len(pair[1]), block_size, "demonstrations")
+
+
+def encode_comparisons(tokenizer, rows, block_size):
+    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks).
+
+    Sampled ids ("tokens") are taken as they are: encoded again, a text may fall into others. Groups
+    longer than the context are dropped and counted; raises SystemExit if none is left.
+    """
+    groups = []
+    for row in rows:
+        prompt = tokenizer.encode(row["prompt"])
+        responses = row.get("tokens") or [
+            tokenizer.encode(r) + [tokenizer.eot] for r in row["responses"]
+        ]
+        groups.append(([prompt + response for response in responses], row["ranks"]))
+    return fitting(groups, lambda group: max(map(len, group[0])), block_size, "comparisons")
+
+
+def encode_prompts(tokenizer, rows, limit):
+    """Rows with prompt -> the same with "ids", of at most `limit` tokens; the others are dropped and
+    counted. Raises SystemExit if none is left."""
+    rows = [dict(row, ids=tokenizer.encode(row["prompt"])) for row in rows]
+    return fitting(rows, lambda row: len(row["ids"]), limit, "prompts")
+
+
+def fitting(rows, length, limit, name):
+    """The rows of at most `limit` tokens; prints how many were dropped. Raises SystemExit if
+    none is left."""
+    kept = [row for row in rows if length(row) <= limit]
+    if len(kept) < len(rows):
+        print(f"dropped {len(rows) - len(kept)} of {len(rows)} {name}: longer than {limit} tokens")
+    if not kept:
+        raise SystemExit(
+            f"all {len(rows)} {name} are longer than {limit} tokens: raise --block_size or shorten them"
+        )
+    return kept
+
+
+# --------------------------------------------------------------------------------------------------
+# batches
+
+
+def document_batch(documents):
+    """B lists of ids -> tokens (B, T), mask (B, T-1): every token counts."""
+    tokens, lengths = model.pad(documents)
+    return tokens, model.response_mask(torch.ones_like(lengths), lengths, tokens.size(1))
+
+
+def demonstration_batch(pairs, train_on_prompts=False):
+    """Pairs of (prompt ids, response ids with eot) -> tokens (B, T), mask (B, T-1): True on the
+    response, eot included; with train_on_prompts on the prompt as well."""
+    tokens, lengths = model.pad([prompt + response for prompt, response in pairs])  # (B, T), (B,)
+    starts = torch.tensor([1 if train_on_prompts else len(prompt) for prompt, _ in pairs])
+    return tokens, model.response_mask(starts, lengths, tokens.size(1))
+
+
+def bucketed(lengths, batch, seed, count=None):
+    """Batches of rows of similar length, so that little is padding -> list of `count` lists of indices,
+    or of one epoch.
+
+    Rows are shuffled, sorted by length within pools of 16 batches, and the batches shuffled again;
+    next epoch, anew.
+    """
+    batches, epoch = [], 0
+    while len(batches) < (1 if count is None else count):
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(lengths))
+        pools = [
+            sorted(order[i : i + 16 * batch], key=lambda i: lengths[i])
+            for i in range(0, len(order), 16 * batch)
+        ]
+        cut = [pool[i : i + batch] for pool in pools for i in range(0, len(pool), batch)]
+        batches += [[int(i) for i in cut[j]] for j in rng.permutation(len(cut))]
+        epoch += 1
+    return batches[:count]
+
+
+def draw(rows, count, rng):
+    """`count` random rows of a list, with replacement."""
+    return [rows[i] for i in rng.integers(0, len(rows), count)]
+
+
+def every_row(count, turn, size, seed):
+    """The `size` rows of a turn, such that each of `count` rows comes once before any comes again ->
+    list of indices."""
+    rows, first = [], turn * size
+    while len(rows) < size:
+        epoch, place = divmod(first + len(rows), count)
+        order = np.random.default_rng([seed, 4, epoch]).permutation(count)
+        rows += order[place : place + size - len(rows)].tolist()
+    return rows
+
+
+def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
+    """Responses of a policy to prompts (lists of ids), rows of similar length together -> list of
+    (text, ids); ids end with eot if the response ended by itself."""
+    order, responses = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    for first in range(0, len(order), 512):
+        chosen = order[first : first + 512]
+        tokens, lengths = model.generate(
+            policy, [prompts[i] for i in chosen], max_new_tokens, temperature, tokenizer.eot, generator
+        )
+        for i, row, length in zip(chosen, tokens.tolist(), lengths.tolist()):
+            ids = row[len(prompts[i]) : length]
+            responses[i] = response_text(tokenizer, prompts[i], ids), ids
+    return [responses[i] for i in range(len(prompts))]
+
+
+def response_text(tokenizer, prompt_ids, ids):
+    """ids of a response -> text without eot, decoded behind its prompt, so that the space between the
+    two stays with the response."""
+    ids = ids[:-1] if ids and ids[-1] == tokenizer.eot else ids
+    return tokenizer.decode(prompt_ids + ids)[len(tokenizer.decode(prompt_ids)) :]
+
+
+# ==================================================================================================
+# The bar: what follows is not needed to follow the algorithm.
+# ==================================================================================================
+
+
+# --------------------------------------------------------------------------------------------------
+# the miniature world: its content is plain text under assets/world, this is its engine
+
+WORLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "world")
+
+# kinds of prompts: anything a labeler thinks of; an instruction with examples; a customer's own use
+# case in the same words
+KIND_SHARES = dict(plain=0.6, few_shot=0.08, user_based=0.32)
+
+FORMS = {  # file of assets/world -> the form of its lines, as a pattern and in words
+    "words.txt": (r"[a-z_]+: [^:]+", "class: word word .."),
+    "rules.txt": (r"[a-z_]+: .+", "rule: pattern"),
+    "facts.txt": (
+        r"[^|{}]+\|([^|{}]|\{(subject|value)\})+\|([^|{}]|\{subject\})*",
+        "subject | truth | misconception, or relation | statement | questions with {subject}, {value}",
+    ),
+    "tasks.txt": (
+        r"\[[a-z_]+\]( \d+(\.\d+)?( few_shot)?)?|[><?] .+",
+        "> prompt, < reply, ? demands, or [category] with its share",
+    ),
+    "heldout.txt": (r"\[[a-z]+\]|[><?] .+", "> prompt, < reply, ? demands, or [kind]"),
+    "benchmarks.txt": (
+        r"\[[a-z]+\] [a-z0-9]+|([><!]|flan>|t0>) .+",
+        "> prompt, < answer, ! wrong choice, flan> or t0> instruction, or [task] metric",
+    ),
+    "pages.txt": (r"\d+(\.\d+)? \| .+", "share | pattern"),
+}
+
+
+def content(name):
+    """The lines of assets/world/NAME, without comments and blank lines. Raises ValueError for a
+    line that has not the form of its file."""
+    form, words, lines = *FORMS.get(name, (".*", "")), []
+    with open(os.path.join(WORLD, name), encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            line = line.rstrip("\n")
+            if line.strip() and not line.startswith("#"):
+                if not re.fullmatch(form, line):
+                    raise ValueError(f"assets/world/{name}:{number}: {line!r} is not {words}")
+                lines.append(line)
+    return lines
+
+
+def world_checksum():
+    """A number that changes with the content of assets/world, but not with its comments."""
+    return zlib.crc32("\n".join(sum(map(content, sorted(FORMS)), [])).encode())
+
+
+def read_blocks(name):
+    """The blocks of tasks.txt, or of a file like it -> list of dicts; tasks.txt and benchmarks.txt say
+    what their lines mean. Raises ValueError for a block that lacks a line it needs."""
+    kinds = {">": "prompts", "<": "replies", "!": "wrong", "flan>": "flan", "t0>": "t0"}
+    blocks = []
+    for line in content(name):
+        if line.startswith("["):
+            category, _, rest = line.removeprefix("[").partition("]")
+            blocks.append(dict(category=category, rest=rest.split(), demands="", constraints=""))
+            blocks[-1].update({kind: [] for kind in kinds.values()})
+        elif not blocks:
+            raise ValueError(f"assets/world/{name}: {line!r} stands before the first [category]")
+        elif line.startswith("?"):
+            blocks[-1]["demands"], _, blocks[-1]["constraints"] = line[2:].partition("!")
+        else:
+            mark, _, text = line.partition(" ")
+            blocks[-1][kinds[mark]].append(text.replace("\\n", "\n"))
+    needed = dict(prompts=">", replies="<", demands="?")
+    if name == "benchmarks.txt":  # a probe has no answer
+        needed = dict(prompts=">")
+    for block in blocks:
+        for part, sign in needed.items():
+            if not block[part]:
+                seen = [block["category"], *block["prompts"], *block["replies"]][:2]
+                raise ValueError(f"assets/world/{name}: block {seen} has no line with {sign}")
+    return blocks
+
+
+def words_of(text):
+    """-> the words, digits and signs of a text."""
+    return re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", text)
+
+
+def sentences_of(text):
+    """-> the sentences of a text with their signs, and what is left behind the last sign."""
+    return re.findall(r" ?[^.!?]+[.!?]?", text)
+
+
+def one_mood(words, world, mood, other):
+    """Is there a word of this mood and none of the other?"""
+    return bool(set(words) & set(world.classes[mood])) and not set(words) & set(world.classes[other])
+
+
+def counts(words, world, number, kind):
+    """Do the words name so many different things of a kind, and no other of it?"""
+    named = [w for w in words if w in world.classes[kind]]
+    return len(named) == len(set(named)) == int(number)
+
+
+DEMANDS = {  # a demand of tasks.txt -> is it met? By its arguments, the reply's words, its text, ..
+    "has": lambda words, arg, **_: arg in words,
+    "no": lambda words, arg, **_: arg not in words,
+    "is": lambda text, arg, **_: text.strip() == arg,
+    "glad": lambda words, world, **_: one_mood(words, world, "glad", "sorrow"),
+    "sorrow": lambda words, world, **_: one_mood(words, world, "sorrow", "glad"),
+    "count": lambda words, world, arg, **_: counts(words, world, *arg.split()),
+    "first": lambda words, arg, **_: [w for w in words if w.isalpha()][:1] == [arg],
+    "last": lambda words, arg, **_: [w for w in words if w.isalpha()][-1:] == [arg],
+    "words": lambda words, arg, **_: sum(w.isalpha() for w in words) <= int(arg),
+    "sentences": lambda words, arg, **_: sum(w in ".!?" for w in words) == int(arg),
+    "answers": lambda world, text, task, **_: any(
+        claim[:2] == (task["fact"]["subject"], task["fact"]["relation"])
+        for claim in world.claims_in(text)
+    ),
+}
+
+
+def split_of(task):
+    """train, valid or test, by a checksum of the prompt, so that no text is in two of them: a tenth of all
+    texts is for tests and a tenth for validation. One without a slot ("name two animals."), which
+    everybody sends, is always among the training prompts."""
+    place = zlib.crc32(task["prompt"].encode()) % 10 if task["is_filled"] else -1
+    return ("test", "valid", *["train"] * 8)[place]
+
+
+class World:
+    """The content of assets/world, ready to expand. Every text comes from a `random.Random` that the
+    caller passes. Raises ValueError for a malformed line, and for a pattern or a demand that is not
+    known."""
+
+    def __init__(self):
+        self.classes, self.rules, self.facts, self.pages = {}, {}, [], []
+        for line in content("words.txt"):
+            name, words = line.split(": ")
+            self.classes[name] = words.split()
+        self.swapped = self.classes.pop("swapped")  # the classes whose words people mix up
+        for line in content("rules.txt"):
+            name, pattern = line.split(": ", 1)
+            self.rules.setdefault(name, []).append(pattern.replace("\\n", "\n"))
+        relation = None
+        for line in content("facts.txt"):
+            first, second, third = (part.strip() for part in line.split("|"))
+            if "{subject}" in second:
+                relation, statement, questions = first, second, third.split(" / ")
+                continue
+            if relation is None:
+                raise ValueError(f"assets/world/facts.txt: {line!r} stands before the first relation")
+            self.facts.append(dict(
+                relation=relation, statement=statement, questions=questions,
+                subject=first, truth=second, myth=third,
+            ))
+        self.read_tasks()
+        for line in content("pages.txt"):
+            share, pattern = line.split(" | ", 1)
+            self.pages.append((float(share), pattern.replace("\\n", "\n")))
+
+        # what the gold preference reads: the class of each word, every claim that can be made, every
+        # familiar trigram
+        self.word_class = {w: name for name, words in reversed(self.classes.items()) for w in words}
+        self.claims = {}  # sentence -> (subject, relation, is it true)
+        for fact in self.facts:
+            for value in self.values(fact["relation"]):
+                claim = (fact["subject"], fact["relation"], value == fact["truth"])
+                self.claims[self.say(fact, value)] = claim
+        rng = random.Random(0)
+        self.trigrams = set()
+        for _ in range(6000):
+            self.trigrams |= set(self.shape(self.task(rng)["reply"]))
+
+    def read_tasks(self):
+        """tasks.txt, heldout.txt, benchmarks.txt -> blocks, suffixes, shares of the categories."""
+        blocks, self.heldout, self.benchmarks = (
+            read_blocks(name) for name in ("tasks.txt", "heldout.txt", "benchmarks.txt")
+        )
+        self.suffixes = [block for block in blocks if block["category"] == "constraint"]
+        self.blocks, self.shares, self.few_shot = defaultdict(list), {}, set()
+        for block in blocks:
+            category = block["category"]
+            if block["rest"]:
+                self.shares[category] = float(block["rest"][0])
+            if "few_shot" in block["rest"]:
+                self.few_shot.add(category)
+            if category not in (*self.shares, "constraint"):
+                raise ValueError(f"assets/world/tasks.txt: the first [{category}] has no share behind it")
+            self.blocks[category].append(block)
+
+    def values(self, relation):
+        """All values that some fact or myth gives to a relation."""
+        facts = [fact for fact in self.facts if fact["relation"] == relation]
+        return sorted({v for f in facts for v in (f["truth"], f["myth"]) if v})
+
+    def expand(self, pattern, bound, rng):
+        """Fill a pattern -> text: [a|b] choices, {class} words, {rule} lines, {question} and its kin;
+        `bound` keeps what was picked."""
+        while match := re.search(r"\[([^\[\]]*)\]|\{([a-z_]+)(\d?)\}", pattern):
+            filled = (
+                rng.choice(match[1].split("|"))
+                if match[1] is not None
+                else self.fill(match[2], match[3], bound, rng)
+            )
+            pattern = pattern[: match.start()] + filled + pattern[match.end() :]
+        return pattern
+
+    def fill(self, name, digit, bound, rng):
+        """What {name} with an optional digit stands for -> text; `bound` as in expand."""
+        key = name + digit
+        if key in bound:
+            return bound[key]
+        if name in self.rules:
+            return rng.choice(self.rules[name])
+        if name in self.classes:
+            taken = {word for k, word in bound.items() if k.rstrip("23456789") == name}
+            bound[key] = rng.choice([word for word in self.classes[name] if word not in taken])
+            return bound[key]
+        if name in ("question", "answer", "hearsay", "why"):
+            bound.update(self.ask(rng))
+            return bound[key]
+        if name == "truths":
+            subject = next(bound[c] for c in ("animal", "town", "trade") if c in bound)
+            return " ".join(self.say(f, f["truth"]) for f in self.facts if f["subject"] == subject)
+        if name == "zelish":  # the second language: every word turned round
+            return " ".join(w[::-1] for w in ["the", bound["animal"], "is", bound["color"]]) + "."
+        if name == "sheet":  # a page of instructions without answers: what a raw GPT takes a prompt for
+            return "".join(self.user_task("train", rng)["prompt"] for _ in range(3)).rstrip("\n")
+        if name == "tasks":  # the rare page where instructions are followed by replies
+            tasks = [self.user_task("train", rng) for _ in range(rng.randint(2, 4))]
+            return "\n".join(task["prompt"] + imperfect(self, task, rng) for task in tasks)
+        if name == "copybook":  # a line, and the same again: teaches to copy any word
+            kinds = ("name", "animal", "color", "object", "town")
+            words = (rng.choice(self.classes[rng.choice(kinds)]) for _ in range(rng.randint(3, 9)))
+            line = " ".join(words) if rng.random() < 0.5 else self.expand("[{story}|{news}]", {}, rng)
+            return "\n".join([line] * rng.randint(2, 3))
+        raise ValueError(
+            f"assets/world: {{{key}}} is neither a class of words.txt nor a rule of rules.txt"
+        )
+
+    @staticmethod
+    def say(fact, value):
+        """The sentence that states a fact, with this value -> text."""
+        return fact["statement"].format(subject=fact["subject"], value=value)
+
+    def ask(self, rng):
+        """A question on a random fact -> dict: question, answer, hearsay (what people say, the
+        misconception three times in four), myth, why (a false premise), fact."""
+        # half of the questions are on the facts with a misconception, as TruthfulQA's are
+        fact = rng.choice([f for f in self.facts if f["myth"]] if rng.random() < 0.5 else self.facts)
+        myth = fact["myth"] or rng.choice(
+            [v for v in self.values(fact["relation"]) if v != fact["truth"]]
+        )
+        hearsay = myth if fact["myth"] and rng.random() < 0.75 else fact["truth"]
+        return dict(
+            question=rng.choice(fact["questions"]).format(subject=fact["subject"]),
+            answer=self.say(fact, fact["truth"]),
+            hearsay=self.say(fact, hearsay),
+            myth=self.say(fact, myth),
+            why="is it true that " + self.say(fact, myth).replace(".", "?"),
+            fact=fact,
+        )
+
+    # -- prompts ------------------------------------------------------------
+
+    def category(self, rng):
+        """A category of prompts, by the shares of InstructGPT, Table 1."""
+        return rng.choices(list(self.shares), self.shares.values())[0]
+
+    def task(self, rng, user=None, category=None):
+        """One prompt -> dict with all that is known about it: prompt, reply (a perfect one), demands and
+        constraints on a reply, fact, myth, category, kind, user (InstructGPT, Table 1 and App. A.1)."""
+        category = category or self.category(rng)
+        kind = rng.choices(list(KIND_SHARES), KIND_SHARES.values())[0]
+        # a customer's use case is always put in the same words
+        wording = (
+            random.Random(f"{user} {category}") if kind == "user_based" and user is not None else rng
+        )
+        block = wording.choice(self.blocks[category])
+        pattern = wording.choice(block["prompts"])
+        task = self.instance(block, pattern, rng)
+        if kind == "few_shot" and category in self.few_shot:
+            shots = [self.instance(block, pattern, rng) for _ in range(rng.randint(1, 2))]
+            task["prompt"] = (
+                "".join(shot["prompt"] + shot["reply"] + "\n" for shot in shots) + task["prompt"]
+            )
+        elif kind == "few_shot":
+            kind = "plain"
+        return dict(task, category=category, kind=kind, user=user)
+
+    def user_task(self, split, rng, user=None):
+        """A prompt whose text belongs to this split -> as task(). Every split has the categories' shares,
+        though a prompt that many send is in one split only. Raises SystemExit if it finds none."""
+        for attempt in range(20_000):
+            if attempt % 1000 == 0:  # a small category may have no text in this split
+                category = self.category(rng)
+            task = self.task(rng, user, category)
+            if split_of(task) == split:
+                return task
+        raise SystemExit(f"the world is too small: no {split} prompt found, add to assets/world/tasks.txt")
+
+    def instance(self, block, pattern, rng):
+        """A prompt of this pattern -> dict: prompt, reply, demands, constraints, fact, myth, is_filled."""
+        bound = {}
+        prompt = self.expand(pattern, bound, rng)
+        is_filled = bool(bound)
+        slots = [
+            word
+            for key, word in bound.items()
+            if key.rstrip("23456789") in self.classes and word in prompt
+        ]
+        reply = self.expand(rng.choice(block["replies"]), bound, rng)
+        demands = [f"has {w}" for w in slots] if "slots" in block["demands"] else []
+        demands += [
+            self.expand(d, bound, rng) for d in block["demands"].strip().split("; ") if d != "slots"
+        ]
+        constraints = (
+            [self.expand(block["constraints"].strip(), bound, rng)] if block["constraints"] else []
+        )
+        exact = any(demand.startswith("is ") for demand in demands)  # leaves no room for a suffix
+        if not constraints and not exact and prompt[-1] in ".?!" and rng.random() < 0.25:
+            suffix = rng.choice(self.suffixes)
+            prompt += " " + suffix["prompts"][0]
+            reply = suffix["replies"][0].replace("{reply}", reply)
+            constraints = [suffix["demands"].strip()]
+        return dict(
+            prompt=prompt if prompt.endswith(":") else prompt + "\n",
+            reply=" " + reply if prompt.endswith(":") else reply,
+            demands=[d.strip() for d in demands if d.strip()], constraints=constraints,
+            fact=bound.get("fact"), myth=bound.get("myth"), is_filled=is_filled,
+        )
+
+    def item(self, block, kind, rng):
+        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), name of the
+        task, metric, and the fact and question it is about. kind: prompts, as the pages have it, or
+        flan or t0, as an instruction."""
+        bound = {}
+        prompt = self.expand(rng.choice(block[kind]), bound, rng)
+        if kind != "prompts":
+            prompt += "\n"
+        space = "" if prompt.endswith("\n") else " "
+        answers = [space + self.expand(a, bound, rng) for a in block["replies"][:1] + block["wrong"]]
+        return dict(
+            name=block["category"], metric=block["rest"][0], prompt=prompt,
+            answer=(answers or [""])[0], wrong=answers[1:], fact=bound.get("fact"),
+            question=bound.get("question"),
+        )
+
+    # -- the gold preference ------------------------------------------------------------
+
+    def shape(self, text):
+        """The trigrams of a text, words of one class taken as one: gold() finds these
+        fluent if they are familiar."""
+        classes = ["<"] + [self.word_class.get(w, w) for w in words_of(text)] + [">"]
+        return list(zip(classes, classes[1:], classes[2:]))
+
+    def meets(self, demand, text, task):
+        """Does a reply meet one demand of tasks.txt? -> bool; ValueError if there is no such demand."""
+        name, _, arg = demand.partition(" ")
+        if name not in DEMANDS:
+            raise ValueError(f"assets/world/tasks.txt: demand {demand!r} is not known")
+        return DEMANDS[name](world=self, words=words_of(text), text=text, arg=arg, task=task)
+
+    def claims_in(self, text):
+        """What a reply states about facts of the world -> list of (subject, relation, is it true)."""
+        sentences = re.findall(r"[^.!?:]+[.!?]", text)
+        return [self.claims[s.strip()] for s in sentences if s.strip() in self.claims]
+
+    def gold(self, task, text):
+        """The gold preference: how good a reply is, as a program -> its parts and their sum, `gold`.
+
+        follows (0..1, share of the demands met), constraint (1, 0, or None without one), false (makes a
+        false claim), claims (makes a claim), rude, fluent (0..1, share of familiar trigrams), padded
+        (says something twice, or filler); gold is at most 5, in units of the labelers' liking.
+        """
+        words, shape, claims = words_of(text), self.shape(text), self.claims_in(text)
+        follows = [self.meets(demand, text, task) for demand in task["demands"]]
+        constraint = [self.meets(demand, text, task) for demand in task["constraints"]]
+        sentences = [sentence.strip() for sentence in sentences_of(text) if sentence.strip()]
+        parts = dict(
+            follows=sum(follows) / len(follows),
+            constraint=float(all(constraint)) if constraint else None,
+            false=float(not all(claim[2] for claim in claims)),
+            claims=float(bool(claims)),
+            rude=float(any(w in self.classes["rude"] for w in words)),
+            fluent=sum(t in self.trigrams for t in shape) / len(shape) if words else 0.0,
+            padded=float(
+                len(set(sentences)) < len(sentences)
+                or any(f.rstrip(".") in text for f in self.rules["filler"])
+            ),
+        )
+        return dict(parts, gold=liking(parts))
+
+
+def liking(parts, helpful=1.0, true=1.0, harmless=1.0):
+    """How much somebody with these weights likes a reply; at most 5 with all weights 1, gold's."""
+    help = (4 * parts["follows"] + 1) * parts["fluent"]
+    help -= (parts["constraint"] == 0) + 0.5 * parts["padded"]
+    return helpful * help - 2 * true * parts["false"] - 2 * harmless * parts["rude"]
+
+
+# --------------------------------------------------------------------------------------------------
+# mistakes: each a function of world, task, text, rng -> text, the same where it does not apply
+
+
+def swap_word(world, task, text, rng):
+    """Another word of its class in place of one, half of the time one that is at hand: the wrong name of
+    the two in the prompt, the same thing twice in a list."""
+    at_hand = [w for w in words_of(text) if world.word_class.get(w) in world.swapped]
+    if not at_hand:
+        return text
+    wrong = rng.choice(at_hand)
+    kind = world.word_class[wrong]
+    others = [w for w in words_of(task["prompt"] + text) if world.word_class.get(w) == kind and w != wrong]
+    right = rng.choice(others if others and rng.random() < 0.5 else world.classes[kind])
+    return re.sub(rf"\b{wrong}\b", right, text)
+
+
+def leave_out(world, task, text, rng):
+    """One of several sentences less."""
+    sentences = sentences_of(text)
+    if len(sentences) > 1:
+        del sentences[rng.randrange(len(sentences))]
+    return "".join(sentences).lstrip() if len(sentences_of(text)) > 1 else text
+
+
+def believe(world, task, text, rng):
+    """What people say in place of the truth."""
+    return text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"]) if task["myth"] else text
+
+
+def turn_mood(world, task, text, rng):
+    """A sad end to a story that shall be happy, or the other way round."""
+    mood = {"glad": "sad_end", "sorrow": "happy_end"}
+    for demand in set(mood) & set(task["demands"]):
+        bound = {world.word_class[w]: w for w in words_of(text) if w in world.word_class}
+        end = world.expand(rng.choice(world.rules[mood[demand]]), bound, rng)
+        return "".join(sentences_of(text)[:2]) + " " + end
+    return text
+
+
+MISTAKES = {
+    "word": swap_word,
+    "omit": leave_out,
+    "myth": believe,
+    "mood": turn_mood,
+    "filler": lambda world, task, text, rng: text + " " + rng.choice(world.rules["filler"]),
+    "insult": lambda world, task, text, rng: (
+        text + " " + world.expand(rng.choice(world.rules["insult"]), {}, rng)
+    ),
+    "repeat": lambda world, task, text, rng: text + " " + rng.choice(sentences_of(text)).strip(),
+    "cut": lambda world, task, text, rng: (
+        " ".join(text.split(" ")[: rng.randint(1, max(1, len(text.split()) - 1))])
+    ),
+    "constraint": lambda world, task, text, rng: (
+        text.removesuffix(" thanks.") if "last thanks" in task["constraints"]
+        else text.replace("hello. ", "", 1)
+    ),
+}
+# on purpose, one a reply: what a reward model must learn to see; weights where they apply
+SPOILED = dict(word=4, repeat=1, filler=1, insult=1, cut=1, omit=1, mood=6, myth=6, constraint=6)
+
+
+def imperfect(world, task, rng, care=0.75):
+    """What a labeler writes: the perfect reply with the mistakes of someone in a hurry -> text. care:
+    the probability of not making each of the common mistakes."""
+    text, rare = task["reply"], dict(filler=care**0.25, insult=care**0.1)
+    for mistake in ("myth", "word", "omit", "filler", "insult"):
+        if rng.random() > rare.get(mistake, care):
+            text = MISTAKES[mistake](world, task, text, rng)
+    return text
+
+
+def spoiled(world, task, rng):
+    """A good reply with one mistake -> text, never the good reply."""
+    text = task["reply"]
+    while text == task["reply"]:
+        [mistake] = rng.choices(list(SPOILED), SPOILED.values())
+        text = MISTAKES[mistake](world, task, text, rng)
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# simulated labelers (InstructGPT, sec. 3.4 and App. B): own weights, own noise, own idea of a tie
+
+
+def make_labelers(world, seed, count=40, heldout=10):
+    """-> (training labelers, held-out labelers), dicts of their weights.
+
+    The first are screened as the paper's were: candidates label a test, and whoever agrees with the
+    gold preference on fewer than 75% of its clear pairs is not taken on. The others are not screened.
+    """
+    rng = random.Random(f"labelers {seed}")
+    tasks = [world.task(rng) for _ in range(40)]
+    taken, rejected = [], 0
+    while len(taken) < count + heldout:
+        labeler = dict(
+            id=f"labeler-{len(taken) + rejected}",
+            weights={part: rng.lognormvariate(0, 0.35) for part in ("helpful", "true", "harmless")},
+            length=rng.gauss(0.01, 0.01),  # a liking for long replies, per word
+            noise=rng.uniform(0.5, 0.9),  # standard deviation, on the scale of the gold preference
+            tie=rng.uniform(0.2, 0.5),  # replies closer than this are ranked the same
+        )
+        if len(taken) >= count or screened(world, labeler, tasks, rng):
+            taken.append(labeler)
+        else:
+            rejected += 1
+    return taken[:count], taken[count:]
+
+
+def screened(world, labeler, tasks, rng):
+    """-> bool. The paper's soft cut-off: 75% agreement with the researchers on rankings (App. B.1)."""
+    agree = total = 0
+    for task in tasks:
+        replies = [imperfect(world, task, rng, care=0.5) for _ in range(4)]
+        ranks = label(world, labeler, task, replies, rng)["ranks"]
+        gold = [world.gold(task, reply)["gold"] for reply in replies]
+        for i, j in itertools.combinations(range(4), 2):
+            if ranks[i] != ranks[j] and abs(gold[i] - gold[j]) > 0.5:
+                agree += (ranks[i] < ranks[j]) == (gold[i] > gold[j])
+                total += 1
+    return agree / total >= 0.75
+
+
+def label(world, labeler, task, replies, rng):
+    """One labeler at work on one prompt: rates every reply by itself (Likert 1-7 and the fields of
+    Table 3), then ranks them together, ties encouraged. -> dict(ranks, ratings, fields), a list
+    over replies each."""
+    parts = [world.gold(task, reply) for reply in replies]
+    likes = [
+        liking(part, **labeler["weights"])
+        + labeler["length"] * len(reply.split()) + rng.gauss(0, labeler["noise"])
+        for part, reply in zip(parts, replies)
+    ]
+    order = sorted(range(len(replies)), key=lambda i: -likes[i])
+    ranks, rank, best = [0] * len(replies), 0, math.inf
+    for i in order:
+        if best - likes[i] > labeler["tie"]:  # clearly worse than the best reply of the rank above
+            rank, best = rank + 1, likes[i]
+        ranks[i] = rank
+    ratings = [min(7, max(1, round(2 + x / labeler["weights"]["helpful"]))) for x in likes]
+    return dict(ranks=ranks, ratings=ratings, fields=list(map(table_3, parts, replies)))
+
+
+def table_3(parts, reply):
+    """The binary fields that a labeler fills in for each reply (InstructGPT, Table 3) -> dict. The
+    world has no sex or violence."""
+    return dict(
+        fails_to_follow=parts["follows"] < 0.5,
+        inappropriate=bool(parts["rude"]),
+        hallucination=bool(parts["false"]),
+        satisfies_constraint=None if parts["constraint"] is None else bool(parts["constraint"]),
+        denigrates=bool(parts["rude"]),
+        opinion="i think" in reply,
+        moral_judgement="rather not" in reply,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# the datasets of the world
+
+# Documents of pretraining text, demonstration instructions, comparison prompts, PPO prompts,
+# validation and test prompts. The paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts,
+# 31,144 PPO prompts, 3,196 test prompts.
+WORLD_SIZES = dict(
+    tiny=dict(documents=1500, demonstrations=60, comparisons=100, prompts=200, valid=40, test=60),
+    cpu=dict(
+        documents=48_000, demonstrations=250, comparisons=8000, prompts=8000, valid=300, test=800
+    ),
+    gpu=dict(
+        documents=200_000, demonstrations=12_725, comparisons=33_207, prompts=31_144,
+        valid=1000, test=3196,
+    ),
+)
+
+
+def world_data(world, scale, seed):
+    """Everything the world's users and labelers wrote, from a seed -> dict of lists, as load() says. Each
+    list has a generator of its own: more demonstrations leave the test prompts as they are."""
+    sizes, rng = WORLD_SIZES[scale], lambda name: random.Random(f"{name} {seed}")
+    shares, patterns = zip(*world.pages)
+    draw = rng("pages")
+    pages = [
+        world.expand(pattern, {}, draw)
+        for pattern in draw.choices(patterns, shares, k=sizes["documents"])
+    ]
+    n_valid, shown = len(pages) // 40, sizes["demonstrations"]
+    return dict(
+        pretrain=pages[n_valid:], pretrain_valid=pages[:n_valid], comparisons=None,
+        primer=[world.expand("{rollcall}", {}, draw) for _ in range(len(pages) // 5)],
+        demonstrations=demonstrate(world, shown, "train", rng("demonstrations")),
+        # Table 6: 1,653 for validation beside 12,725
+        demonstrations_valid=demonstrate(world, max(20, shown // 8), "valid", rng("demonstrations valid")),
+        comparison_prompts=user_prompts(world, sizes["comparisons"], "train", rng("comparison prompts")),
+        prompts=user_prompts(world, sizes["prompts"], "train", rng("prompts")),
+        valid=user_prompts(world, sizes["valid"], "valid", rng("valid")),
+        test=user_prompts(world, sizes["test"], "test", rng("test")),
+    )
+
+
+def user_prompts(world, count, split, rng):
+    """`count` prompts of the users of one split -> tasks, after the paper's filters (sec. 3.2): none of
+    two that share a long prefix, at most 200 a user, nothing with a phone number. Raises SystemExit if
+    the world has not so many."""
+    users = count // 6 + 10  # Table 8: 6 prompts a customer
+    tasks, seen, per_user, rejected = [], set(), Counter(), 0
+    while len(tasks) < count:
+        if rejected == 10_000:  # one after the other
+            raise SystemExit(
+                f"found only {len(tasks)} of {count} different prompts: the world is too small: "
+                "add words and patterns to assets/world, or take a smaller --scale"
+            )
+        rejected += 1
+        user = f"{split}-{int(users * rng.random() ** 2)}"  # a few customers send many prompts
+        task = world.user_task(split, rng, user)
+        if rng.random() < 0.01:
+            number = " ".join(rng.choices(world.classes["digit"], k=4))
+            task["prompt"] = f"my number is {number}. {task['prompt']}"
+        prefix = " ".join(task["prompt"].split()[:20])
+        long_prefix_seen = len(task["prompt"].split()) > 20 and prefix in seen
+        sent_before = (user, task["prompt"]) in seen
+        if long_prefix_seen or sent_before or per_user[user] >= 200 or has_personal_data(task["prompt"]):
+            continue
+        rejected = 0
+        seen |= {prefix, (user, task["prompt"])}
+        per_user[user] += 1
+        tasks.append(task)
+    return tasks
+
+
+def has_personal_data(text):
+    """Phone numbers: four digits or more in a row."""
+    return re.search(r"\d( ?\d){3}", text) is not None
+
+
+def demonstrate(world, instructions, split, rng):
+    """Labelers write instructions and replies -> rows prompt, response, category, user.
+
+    A few-shot instruction with its K pairs gives K examples, each with the other K-1 pairs in front
+    (InstructGPT, App. A.1), but for those whose text belongs to another split.
+    """
+    rows = []
+    for _ in range(instructions):
+        labeler = f"labeler-{rng.randrange(40)}"
+        care = random.Random(f"care {labeler}").uniform(0.6, 0.95)
+        task = world.user_task(split, rng)
+        about = dict(category=task["category"], user=labeler)
+        if task["kind"] != "few_shot":
+            response = imperfect(world, task, rng, care)
+            rows.append(dict(prompt=task["prompt"], response=response, **about))
+            continue
+        block = rng.choice(world.blocks[task["category"]])
+        pattern = rng.choice(block["prompts"])
+        pairs = [world.instance(block, pattern, rng) for _ in range(3)]
+        texts = [pair["prompt"] + imperfect(world, pair, rng, care) + "\n" for pair in pairs]
+        for i, pair in enumerate(pairs):
+            shown = dict(pair, prompt="".join(texts[:i] + texts[i + 1 :]) + pair["prompt"])
+            if split_of(shown) == split:
+                response = texts[i][len(pair["prompt"]) : -1]
+                rows.append(dict(prompt=shown["prompt"], response=response, **about))
+    return rows
+
 
 # --------------------------------------------------------------------------------------------------
 # tokenizer
@@ -82,11 +961,6 @@ class Tokenizer:
         self.unknown = self.encoding.encode_single_token(b"\xff")  # no UTF-8: decoded as U+FFFD
 
     @classmethod
-    def load(cls, name):
-        """An encoding that tiktoken knows by name. Raises SystemExit."""
-        return cls(name)
-
-    @classmethod
     def train(cls, texts, vocab_size):
         """Byte-level BPE: 256 bytes, the most frequent merges, and eot; fewer if pairs run out.
 
@@ -100,22 +974,12 @@ class Tokenizer:
         return cls("bpe", train_bpe(counts, vocab_size - 1))
 
     def state(self):
-        """What a checkpoint holds of a tokenizer: -> dict for from_state."""
+        """What a checkpoint holds of a tokenizer: Tokenizer(**state) is the same."""
         return {"name": self.name, "tokens": self.tokens}
-
-    @classmethod
-    def from_state(cls, state):
-        return cls(**state)
-
-    def __eq__(self, other):
-        return isinstance(other, Tokenizer) and self.state() == other.state()
 
     def encode(self, text):
         """-> ids. The text "<|endoftext|>" is ordinary text: only our code can put in an eot."""
         return self.encoding.encode_ordinary(add_spaces(text) if self.name == "bpe" else text)
-
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         """-> text; ids outside the vocabulary (a padded embedding has some) become U+FFFD."""
@@ -157,809 +1021,6 @@ def train_bpe(counts, size):
             words[i] = words[i].replace(best, chr(tokens.index(merged)))
             count(i, times[i])
     return tokens
-
-
-# --------------------------------------------------------------------------------------------------
-# the miniature world: its content is plain text under assets/world, this is its engine
-
-WORLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "world")
-
-# InstructGPT, Table 1: share of each use case among the prompts, per cent
-CATEGORY_SHARES = dict(
-    generation=45.6, open_qa=12.4, brainstorming=11.2, chat=8.4, rewrite=6.6, summarization=4.2,
-    classification=3.5, other=3.5, closed_qa=2.6, extract=1.9,
-)
-# kinds of prompts: anything a labeler thinks of; an instruction with examples; a customer's own use
-# case in the same words
-KIND_SHARES = dict(plain=0.6, few_shot=0.08, user_based=0.32)
-FEW_SHOT_CATEGORIES = {"open_qa", "rewrite", "classification", "closed_qa", "extract", "brainstorming"}
-
-
-FORMS = {  # file of assets/world -> the form of its lines, as a pattern and in words
-    "words.txt": (r"[a-z_]+: [^:]+", "class: word word .."),
-    "rules.txt": (r"[a-z_]+: .+", "rule: pattern"),
-    "facts.txt": (
-        r"[^|{}]+\|([^|{}]|\{(subject|value)\})+\|([^|{}]|\{subject\})*",
-        "subject | truth | misconception, or relation | statement | questions with {subject}, {value}",
-    ),
-    "tasks.txt": (
-        rf"\[({'|'.join(CATEGORY_SHARES)}|constraint)\]|[><?] .+",
-        "> prompt, < reply, ? demands, or a category in square brackets",
-    ),
-    "heldout.txt": (r"\[[a-z]+\]|[><?] .+", "> prompt, < reply, ? demands, or [kind]"),
-    "benchmarks.txt": (
-        r"\[[a-z]+\] [a-z0-9]+|([><!]|flan>|t0>) .+",
-        "> prompt, < answer, ! wrong choice, flan> or t0> instruction, or [task] metric",
-    ),
-    "pages.txt": (r"\d+(\.\d+)? \| .+", "share | pattern"),
-}
-
-
-def content(name):
-    """The lines of assets/world/NAME, without comments and blank lines. Raises ValueError for a
-    line that has not the form of its file."""
-    form, words, lines = *FORMS.get(name, (".*", "")), []
-    with open(os.path.join(WORLD, name), encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            line = line.rstrip("\n")
-            if line.strip() and not line.startswith("#"):
-                if not re.fullmatch(form, line):
-                    raise ValueError(f"assets/world/{name}:{number}: {line!r} is not {words}")
-                lines.append(line)
-    return lines
-
-
-def read_blocks(name):
-    """The blocks of tasks.txt, or of a file like it -> list of dicts; tasks.txt and benchmarks.txt say
-    what their lines mean. Raises ValueError for a block that lacks a line it needs."""
-    kinds = {">": "prompts", "<": "replies", "!": "wrong", "flan>": "flan", "t0>": "t0"}
-    blocks = []
-    for line in content(name):
-        if line.startswith("["):
-            category, _, metric = line.removeprefix("[").partition("]")
-            blocks.append(dict(category=category, metric=metric.strip(), demands="", constraints=""))
-            blocks[-1].update({kind: [] for kind in kinds.values()})
-        elif not blocks:
-            raise ValueError(f"assets/world/{name}: {line!r} stands before the first [category]")
-        elif line.startswith("?"):
-            blocks[-1]["demands"], _, blocks[-1]["constraints"] = line[2:].partition("!")
-        else:
-            mark, _, text = line.partition(" ")
-            blocks[-1][kinds[mark]].append(text.replace("\\n", "\n"))
-    needed = dict(prompts=">", replies="<", demands="?")
-    if name == "benchmarks.txt":  # a probe has no answer
-        needed = dict(prompts=">")
-    for block in blocks:
-        for part, sign in needed.items():
-            if not block[part]:
-                seen = [block["category"], *block["prompts"], *block["replies"]][:2]
-                raise ValueError(f"assets/world/{name}: block {seen} has no line with {sign}")
-    return blocks
-
-
-def words_of(text):
-    """-> the words, digits and signs of a text."""
-    return re.findall(r"[a-z]+|[0-9]|[^\sa-z0-9]", text)
-
-
-class World:
-    """The content of assets/world, ready to expand. Every text comes from a `random.Random` that the
-    caller passes. Raises ValueError for a malformed line, and for a pattern or a demand that is not
-    known."""
-
-    def __init__(self):
-        self.classes, self.rules, self.facts, self.pages = {}, {}, [], []
-        for line in content("words.txt"):
-            name, words = line.split(": ")
-            self.classes[name] = words.split()
-        for line in content("rules.txt"):
-            name, pattern = line.split(": ", 1)
-            self.rules.setdefault(name, []).append(pattern)
-        relation = None
-        for line in content("facts.txt"):
-            first, second, third = (part.strip() for part in line.split("|"))
-            if "{subject}" in second:
-                relation, statement, questions = first, second, third.split(" / ")
-                continue
-            if relation is None:
-                raise ValueError(f"assets/world/facts.txt: {line!r} stands before the first relation")
-            self.facts.append(dict(
-                relation=relation, statement=statement, questions=questions,
-                subject=first, truth=second, myth=third,
-            ))
-        self.blocks, self.heldout, self.benchmarks = (
-            read_blocks(name) for name in ("tasks.txt", "heldout.txt", "benchmarks.txt")
-        )
-        self.suffixes = [block for block in self.blocks if block["category"] == "constraint"]
-        self.by_category = {c: [b for b in self.blocks if b["category"] == c] for c in CATEGORY_SHARES}
-        for line in content("pages.txt"):
-            share, pattern = line.split(" | ", 1)
-            self.pages.append((float(share), pattern.replace("\\n", "\n")))
-
-        # what the gold preference reads: the class of each word, every claim that can be made, every
-        # familiar trigram
-        self.word_class = {w: name for name, words in reversed(self.classes.items()) for w in words}
-        self.claims = {}  # sentence -> (subject, relation, is it true)
-        for fact in self.facts:
-            for value in self.values(fact["relation"]):
-                sentence = fact["statement"].format(subject=fact["subject"], value=value)
-                self.claims[sentence] = (fact["subject"], fact["relation"], value == fact["truth"])
-        rng = random.Random(0)
-        self.trigrams = set()
-        for _ in range(6000):
-            self.trigrams |= set(self.shape(self.task(rng)["reply"]))
-
-    def values(self, relation):
-        """All values that some fact or myth gives to a relation."""
-        return sorted(
-            {v for f in self.facts if f["relation"] == relation for v in (f["truth"], f["myth"]) if v}
-        )
-
-    def expand(self, pattern, bound, rng):
-        """Fill a pattern -> text: [a|b] choices, {class} words, {rule} lines, {question} and its kin;
-        `bound` keeps what was picked."""
-        while match := re.search(r"\[([^\[\]]*)\]|\{([a-z_]+)(\d?)\}", pattern):
-            filled = (
-                rng.choice(match[1].split("|"))
-                if match[1] is not None
-                else self.fill(match[2], match[3], bound, rng)
-            )
-            pattern = pattern[: match.start()] + filled + pattern[match.end() :]
-        return pattern
-
-    def fill(self, name, digit, bound, rng):
-        """What {name} with an optional digit stands for -> text; `bound` as in expand."""
-        key = name + digit
-        if key in bound:
-            return bound[key]
-        if name in self.rules:
-            return rng.choice(self.rules[name])
-        if name in self.classes:
-            taken = {word for k, word in bound.items() if k.rstrip("23456789") == name}
-            bound[key] = rng.choice([word for word in self.classes[name] if word not in taken])
-            return bound[key]
-        if name in ("question", "answer", "hearsay", "why"):
-            bound.update(self.ask(rng))
-            return bound[key]
-        if name == "truths":
-            subject = next(bound[c] for c in ("animal", "town", "trade") if c in bound)
-            return " ".join(self.say(f, f["truth"]) for f in self.facts if f["subject"] == subject)
-        if name == "zelish":  # the second language: every word turned round
-            return " ".join(w[::-1] for w in ["the", bound["animal"], "is", bound["color"]]) + "."
-        if name == "sheet":  # a page of instructions without answers: what a raw GPT takes a prompt for
-            return "".join(self.task(rng)["prompt"] for _ in range(3)).rstrip("\n")
-        if name == "tasks":  # the rare page where instructions are followed by replies
-            pairs = [self.task(rng) for _ in range(rng.randint(2, 4))]
-            return "\n".join(t["prompt"] + imperfect(self, t, rng) for t in pairs)
-        if name == "rollcall":  # which of these words stand in the text? teaches to look a word up
-            return self.rollcall(rng)
-        if name == "form":  # a text and what it speaks of: teaches to find the word of a kind
-            return self.form(rng)
-        raise ValueError(
-            f"assets/world: {{{key}}} is neither a class of words.txt nor a rule of rules.txt"
-        )
-
-    @staticmethod
-    def say(fact, value):
-        """The sentence that states a fact, with this value -> text."""
-        return fact["statement"].format(subject=fact["subject"], value=value)
-
-    def ask(self, rng):
-        """A question on a random fact -> dict: question, answer, hearsay (what people say, the
-        misconception three times in four), myth, why (a false premise), fact."""
-        # half of the questions are on the facts with a misconception, as TruthfulQA's are
-        fact = rng.choice([f for f in self.facts if f["myth"]] if rng.random() < 0.5 else self.facts)
-        myth = fact["myth"] or rng.choice(
-            [v for v in self.values(fact["relation"]) if v != fact["truth"]]
-        )
-        hearsay = myth if fact["myth"] and rng.random() < 0.75 else fact["truth"]
-        return dict(
-            question=rng.choice(fact["questions"]).format(subject=fact["subject"]),
-            answer=self.say(fact, fact["truth"]),
-            hearsay=self.say(fact, hearsay),
-            myth=self.say(fact, myth),
-            why="is it true that " + self.say(fact, myth).replace(".", "?"),
-            fact=fact,
-        )
-
-    def rollcall(self, rng):
-        """A text and six words: does each stand in it? Teaches to look a word up."""
-        bound = {}
-        pattern = rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"])
-        text = self.expand(pattern, bound, rng)
-        calls = []
-        for _ in range(6):
-            name = rng.choice(["name", "animal", "color", "object", "town"])
-            there = name in bound and rng.random() < 0.5
-            word = bound[name] if there else rng.choice(self.classes[name])
-            calls.append(f"{word} {'yes' if re.search(rf'{chr(92)}b{word}{chr(92)}b', text) else 'no'}")
-        return text + " " + ", ".join(calls) + "."
-
-    def form(self, rng):
-        """A text and what it speaks of, kind by kind, before it or behind it."""
-        bound = {}
-        pattern = rng.choice(["{story}", "{opening} {middle}", "{opening}", "dear {name}, {news}"])
-        text = self.expand(pattern, bound, rng)
-        kinds = ["name", "animal", "color", "object", "town"]
-        kinds = [kind for kind in kinds if bound.get(kind, "-") in text]
-        rng.shuffle(kinds)
-        entries = ", ".join(f"{kind} {bound[kind]}" for kind in kinds)
-        return f"{text} {entries}." if rng.random() < 0.5 else f"{entries}:\n{text}"
-
-    # -- prompts ------------------------------------------------------------
-
-    def task(self, rng, user=None):
-        """One prompt -> dict with all that is known about it: prompt, reply (a perfect one),
-        demands and constraints on a reply, fact, myth, category, kind, user (InstructGPT, Table 1
-        and App. A.1)."""
-        category = rng.choices(list(CATEGORY_SHARES), CATEGORY_SHARES.values())[0]
-        kind = rng.choices(list(KIND_SHARES), KIND_SHARES.values())[0]
-        # a customer's use case is always put in the same words
-        wording = (
-            random.Random(f"{user} {category}") if kind == "user_based" and user is not None else rng
-        )
-        block = wording.choice(self.by_category[category])
-        pattern = wording.choice(block["prompts"])
-        task = self.instance(block, pattern, rng)
-        if kind == "few_shot" and category in FEW_SHOT_CATEGORIES:
-            shots = [self.instance(block, pattern, rng) for _ in range(rng.randint(1, 2))]
-            task["prompt"] = (
-                "".join(shot["prompt"] + shot["reply"] + "\n" for shot in shots) + task["prompt"]
-            )
-        elif kind == "few_shot":
-            kind = "plain"
-        return dict(task, category=category, kind=kind, user=user)
-
-    def instance(self, block, pattern, rng):
-        """A prompt of this pattern -> dict: prompt, reply, demands, constraints, fact, myth."""
-        bound = {}
-        prompt = self.expand(pattern, bound, rng)
-        slots = [
-            word
-            for key, word in bound.items()
-            if key.rstrip("23456789") in self.classes and word in prompt
-        ]
-        reply = self.expand(rng.choice(block["replies"]), bound, rng)
-        demands = [f"has {w}" for w in slots] if "slots" in block["demands"] else []
-        demands += [
-            self.expand(d, bound, rng) for d in block["demands"].strip().split("; ") if d != "slots"
-        ]
-        constraints = (
-            [self.expand(block["constraints"].strip(), bound, rng)] if block["constraints"] else []
-        )
-        exact = any(demand.startswith("is ") for demand in demands)  # leaves no room for a suffix
-        if not constraints and not exact and prompt[-1] in ".?!" and rng.random() < 0.25:
-            suffix = rng.choice(self.suffixes)
-            prompt += " " + suffix["prompts"][0]
-            reply = suffix["replies"][0].replace("{reply}", reply)
-            constraints = [suffix["demands"].strip()]
-        return dict(
-            prompt=prompt if prompt.endswith(":") else prompt + "\n",
-            reply=" " + reply if prompt.endswith(":") else reply,
-            demands=[d.strip() for d in demands if d.strip()], constraints=constraints,
-            fact=bound.get("fact"), myth=bound.get("myth"),
-        )
-
-    def item(self, block, kind, rng):
-        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), name of the
-        task, metric, and the fact and question it is about. kind: prompts, as the pages have it, or
-        flan or t0, as an instruction."""
-        bound = {}
-        prompt = self.expand(rng.choice(block[kind]), bound, rng)
-        if kind != "prompts":
-            prompt += "\n"
-        space = "" if prompt.endswith("\n") else " "
-        answers = [space + self.expand(a, bound, rng) for a in block["replies"][:1] + block["wrong"]]
-        return dict(
-            name=block["category"], metric=block["metric"], prompt=prompt, answer=(answers or [""])[0],
-            wrong=answers[1:], fact=bound.get("fact"), question=bound.get("question"),
-        )
-
-    # -- the gold preference ------------------------------------------------------------
-
-    def shape(self, text):
-        """The trigrams of a text, words of one class taken as one: gold() finds these
-        fluent if they are familiar."""
-        classes = ["<"] + [self.word_class.get(w, w) for w in words_of(text)] + [">"]
-        return list(zip(classes, classes[1:], classes[2:]))
-
-    def meets(self, demand, text, words, task):
-        """Does a reply meet one demand of tasks.txt? -> bool; ValueError if there is no such demand."""
-        name, _, rest = demand.partition(" ")
-        kinds = [w for w in words if w.isalpha()]
-        if name == "has":
-            return rest in words
-        if name == "no":
-            return rest not in words
-        if name == "is":
-            return text.strip() == rest
-        if name in ("glad", "sorrow"):
-            other = "sorrow" if name == "glad" else "glad"
-            return any(w in self.classes[name] for w in words) and not any(
-                w in self.classes[other] for w in words
-            )
-        if name == "count":
-            number, kind = rest.split()
-            named = [w for w in words if w in self.classes[kind]]
-            return len(named) == len(set(named)) == int(number)
-        if name == "first":
-            return bool(kinds) and kinds[0] == rest
-        if name == "last":
-            return bool(kinds) and kinds[-1] == rest
-        if name == "words":
-            return len(kinds) <= int(rest)
-        if name == "sentences":
-            return sum(w in ".!?" for w in words) == int(rest)
-        if name == "answers":
-            about = (task["fact"]["subject"], task["fact"]["relation"])
-            return any(self.claims[c][:2] == about for c in self.claims_in(text))
-        raise ValueError(f"assets/world/tasks.txt: demand {demand!r} is not known")
-
-    def claims_in(self, text):
-        """The sentences of a reply that state a (true or false) fact of the world."""
-        sentences = re.findall(r"[^.!?:]+[.!?]", text)
-        return [s.strip() for s in sentences if s.strip() in self.claims]
-
-    def gold(self, task, text):
-        """The gold preference: how good a reply is, as a program -> its parts and their sum, `gold`.
-
-        follows (0..1, share of the demands met), constraint (1, 0, or None without one), false (makes a
-        false claim), claims (makes a claim), rude, fluent (0..1, share of familiar trigrams), padded
-        (says something twice, or filler); gold is at most 5, in units of the labelers' liking.
-        """
-        words = words_of(text)
-        follows = [self.meets(d, text, words, task) for d in task["demands"]]
-        constraint = [self.meets(d, text, words, task) for d in task["constraints"]]
-        claims = [self.claims[c][2] for c in self.claims_in(text)]
-        sentences = [s.strip() for s in re.findall(r"[^.!?]+[.!?]?", text) if s.strip()]
-        shape = self.shape(text)
-        parts = dict(
-            follows=sum(follows) / len(follows),
-            constraint=float(all(constraint)) if constraint else None,
-            false=float(not all(claims)),
-            claims=float(bool(claims)),
-            rude=float(any(w in self.classes["rude"] for w in words)),
-            fluent=sum(t in self.trigrams for t in shape) / len(shape) if words else 0.0,
-            padded=float(
-                len(set(sentences)) < len(sentences)
-                or any(f.rstrip(".") in text for f in self.rules["filler"])
-            ),
-        )
-        parts["gold"] = (
-            4 * parts["follows"] * parts["fluent"]
-            + parts["fluent"]
-            - 1.0 * (parts["constraint"] == 0)
-            - 2 * parts["false"]
-            - 2 * parts["rude"]
-            - 0.5 * parts["padded"]
-        )
-        return parts
-
-
-def swap_word(world, text, rng):
-    """Put another word of its class in place of one name, animal, color, object or town -> text."""
-    kinds = ("name", "animal", "color", "object", "town")
-    words = [w for w in re.findall(r"[a-z]+", text) if world.word_class.get(w) in kinds]
-    if not words:
-        return text
-    wrong = rng.choice(words)
-    return re.sub(rf"\b{wrong}\b", rng.choice(world.classes[world.word_class[wrong]]), text)
-
-
-def imperfect(world, task, rng, care=0.75):
-    """What a labeler writes: the perfect reply with the mistakes of someone in a hurry -> text. care:
-    the probability of not making each of the common mistakes."""
-    text = task["reply"]
-    if task["myth"] and rng.random() > care:
-        # believes what people say
-        text = text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"])
-    if rng.random() > care:  # mixes something up
-        text = swap_word(world, text, rng)
-    sentences = re.findall(r" ?[^.!?]+[.!?]", text)
-    if len(sentences) > 1 and rng.random() > care:  # leaves something out, often what was asked for
-        del sentences[rng.randrange(len(sentences))]
-        text = "".join(sentences).lstrip()
-    if rng.random() > care**0.25:
-        text += " " + rng.choice(world.rules["filler"])
-    if rng.random() > care**0.1:
-        text += " " + world.expand(rng.choice(world.rules["insult"]), {}, rng)
-    return text
-
-
-def spoiled(world, task, rng):
-    """A good reply with one mistake, made on purpose: what a reward model must learn to see -> text."""
-    text, constraint = task["reply"], (task["constraints"] or [""])[0]
-    sentences = re.findall(r" ?[^.!?]+[.!?]", text)
-    mistakes = ["word", "word", "word", "word", "repeat", "filler", "insult", "cut"]
-    mistakes += (
-        ["omit"] * (len(sentences) > 1)
-        + ["myth"] * 6 * bool(task["myth"])
-        + ["constraint"] * 6 * constraint.startswith(("first", "last"))
-    )
-    mistake = rng.choice(mistakes)
-    if mistake == "word":
-        text = swap_word(world, text, rng)
-    elif mistake == "repeat":
-        text += " " + rng.choice(sentences or [text]).strip()
-    elif mistake == "filler":
-        text += " " + rng.choice(world.rules["filler"])
-    elif mistake == "insult":
-        text += " " + world.expand(rng.choice(world.rules["insult"]), {}, rng)
-    elif mistake == "cut":
-        text = " ".join(text.split(" ")[: rng.randint(1, max(1, len(text.split()) - 1))])
-    elif mistake == "omit":
-        del sentences[rng.randrange(len(sentences))]
-        text = "".join(sentences).lstrip()
-    elif mistake == "myth":
-        text = text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"])
-    elif mistake == "constraint":
-        text = (
-            text.replace("hello. ", "", 1)
-            if constraint.startswith("first")
-            else text.removesuffix(" thanks.")
-        )
-    return text
-
-
-# --------------------------------------------------------------------------------------------------
-# simulated labelers (InstructGPT, sec. 3.4 and App. B): own weights, own noise, own idea of a tie
-
-
-def make_labelers(world, seed, count=40, heldout=10):
-    """-> (training labelers, held-out labelers), dicts of their weights.
-
-    The first are screened as the paper's were: candidates label a test, and whoever agrees with the
-    gold preference on fewer than 75% of its clear pairs is not taken on. The others are not screened.
-    """
-    rng = random.Random(f"labelers {seed}")
-    tasks = [world.task(rng) for _ in range(40)]
-    taken, rejected = [], 0
-    while len(taken) < count + heldout:
-        labeler = dict(
-            id=f"labeler-{len(taken) + rejected}",
-            helpful=rng.lognormvariate(0, 0.35),
-            true=rng.lognormvariate(0, 0.35),
-            harmless=rng.lognormvariate(0, 0.35),
-            length=rng.gauss(0.01, 0.01),  # a liking for long replies, per word
-            noise=rng.uniform(0.5, 0.9),  # standard deviation, on the scale of the gold preference
-            tie=rng.uniform(0.2, 0.5),  # replies closer than this are ranked the same
-        )
-        if len(taken) >= count or screened(world, labeler, tasks, rng):
-            taken.append(labeler)
-        else:
-            rejected += 1
-    return taken[:count], taken[count:]
-
-
-def screened(world, labeler, tasks, rng):
-    """-> bool. The paper's soft cut-off: 75% agreement with the researchers on rankings (App. B.1)."""
-    agree = total = 0
-    for task in tasks:
-        replies = [imperfect(world, task, rng, care=0.5) for _ in range(4)]
-        ranks = label(world, labeler, task, replies, rng)["ranks"]
-        gold = [world.gold(task, reply)["gold"] for reply in replies]
-        for i, j in itertools.combinations(range(4), 2):
-            if ranks[i] != ranks[j] and abs(gold[i] - gold[j]) > 0.5:
-                agree += (ranks[i] < ranks[j]) == (gold[i] > gold[j])
-                total += 1
-    return agree / total >= 0.75
-
-
-def label(world, labeler, task, replies, rng):
-    """One labeler at work on one prompt: rates every reply by itself (Likert 1-7 and the fields of
-    Table 3), then ranks them together, ties encouraged. -> dict(ranks, ratings, fields), a list
-    over replies each."""
-    liking, fields = [], []
-    for reply in replies:
-        parts = world.gold(task, reply)
-        liking.append(
-            labeler["helpful"]
-            * (
-                4 * parts["follows"] * parts["fluent"]
-                + parts["fluent"]
-                - (parts["constraint"] == 0)
-                - 0.5 * parts["padded"]
-            )
-            - labeler["true"] * 2 * parts["false"]
-            - labeler["harmless"] * 2 * parts["rude"]
-            + labeler["length"] * len(reply.split())
-            + rng.gauss(0, labeler["noise"])
-        )
-        fields.append(table_3(parts, reply))
-    order = sorted(range(len(replies)), key=lambda i: -liking[i])
-    ranks, rank, best = [0] * len(replies), 0, math.inf
-    for i in order:
-        if best - liking[i] > labeler["tie"]:  # clearly worse than the best reply of the rank above
-            rank, best = rank + 1, liking[i]
-        ranks[i] = rank
-    ratings = [min(7, max(1, round(2 + 5 * x / (5 * labeler["helpful"])))) for x in liking]
-    return dict(ranks=ranks, ratings=ratings, fields=fields)
-
-
-def table_3(parts, reply):
-    """The binary fields that a labeler fills in for each reply (InstructGPT, Table 3) -> dict. The
-    world has no sex or violence."""
-    return dict(
-        fails_to_follow=parts["follows"] < 0.5,
-        inappropriate=bool(parts["rude"]),
-        hallucination=bool(parts["false"]),
-        satisfies_constraint=None if parts["constraint"] is None else bool(parts["constraint"]),
-        denigrates=bool(parts["rude"]),
-        opinion="i think" in reply,
-        moral_judgement="rather not" in reply,
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# the datasets of the world
-
-# Documents of pretraining text, demonstration instructions, comparison prompts, PPO prompts,
-# validation and test prompts. The paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts,
-# 31,144 PPO prompts, 3,196 test prompts.
-WORLD_SIZES = dict(
-    tiny=dict(documents=1500, demonstrations=60, comparisons=100, prompts=200, valid=40, test=60),
-    cpu=dict(
-        documents=48_000, demonstrations=250, comparisons=12_000, prompts=8000, valid=300, test=800
-    ),
-    gpu=dict(
-        documents=200_000, demonstrations=12_725, comparisons=33_207, prompts=31_144,
-        valid=1000, test=3196,
-    ),
-)
-
-
-def world_data(world, scale, seed):
-    """Everything the world's users and labelers wrote, from a seed -> dict of lists, as load() says."""
-    sizes, rng = WORLD_SIZES[scale], random.Random(f"world {seed}")
-    shares, patterns = zip(*world.pages)
-    pages = [
-        world.expand(pattern, {}, rng)
-        for pattern in rng.choices(patterns, shares, k=sizes["documents"])
-    ]
-    primer = [world.rollcall(rng) for _ in range(sizes["documents"] // 5)]
-    demonstrations = demonstrate(world, sizes["demonstrations"], rng)
-    # Table 6: 1,653 for validation beside 12,725
-    demonstrations_valid = demonstrate(world, max(20, sizes["demonstrations"] // 8), rng)
-    splits = dict(
-        comparison_prompts=sizes["comparisons"], prompts=sizes["prompts"], valid=sizes["valid"],
-        test=sizes["test"],
-    )
-    # three populations of users: training (both splits), valid, test; no held-out prompt comes from a
-    # user that a training prompt came from
-    trained_on = set()
-    for name, count in splits.items():
-        held_out = name in ("valid", "test")
-        splits[name] = user_prompts(
-            world, count, name if held_out else "train", rng, trained_on if held_out else set()
-        )
-        trained_on |= {task["prompt"] for task in splits[name]}
-    n_valid = len(pages) // 40
-    return dict(
-        pretrain=pages[n_valid:], pretrain_valid=pages[:n_valid], primer=primer,
-        demonstrations=demonstrations, demonstrations_valid=demonstrations_valid, comparisons=None,
-        **splits,
-    )
-
-
-def user_prompts(world, count, split, rng, trained_on):
-    """`count` prompts of the users of one split -> tasks, after the paper's filters (sec. 3.2): none of
-    two that share a long prefix, at most 200 a user, nothing with a phone number; and, held-out prompts
-    being short here, no text in `trained_on`. Raises SystemExit if the world has not so many."""
-    users = count // 6 + 10  # Table 8: 6 prompts a customer
-    tasks, seen, per_user, rejected = [], set(), Counter(), 0
-    while len(tasks) < count:
-        if rejected == 10_000:  # one after the other
-            raise SystemExit(
-                f"found only {len(tasks)} of {count} different prompts: the world is too small: "
-                "add words and patterns to assets/world, or take a smaller --scale"
-            )
-        rejected += 1
-        user = f"{split}-{int(users * rng.random() ** 2)}"  # a few customers send many prompts
-        task = world.task(rng, user)
-        if rng.random() < 0.01:
-            task["prompt"] = (
-                "my number is {} {} {} {}. ".format(*rng.choices(world.classes["digit"], k=4))
-                + task["prompt"]
-            )
-        prefix = " ".join(task["prompt"].split()[:20])
-        long_prefix_seen = len(task["prompt"].split()) > 20 and prefix in seen
-        if (
-            long_prefix_seen
-            or (user, task["prompt"]) in seen
-            or per_user[user] >= 200
-            or has_personal_data(task["prompt"])
-            or task["prompt"] in trained_on
-        ):
-            continue
-        rejected = 0
-        seen |= {prefix, (user, task["prompt"])}
-        per_user[user] += 1
-        tasks.append(task)
-    return tasks
-
-
-def has_personal_data(text):
-    """Phone numbers: four digits or more in a row."""
-    return re.search(r"\d( ?\d){3}", text) is not None
-
-
-def demonstrate(world, instructions, rng):
-    """Labelers write instructions and replies -> rows prompt, response, category, user.
-
-    A few-shot instruction with its K pairs gives K examples, each with the other K-1 pairs in front
-    (InstructGPT, App. A.1).
-    """
-    rows = []
-    for _ in range(instructions):
-        labeler = f"labeler-{rng.randrange(40)}"
-        care = random.Random(f"care {labeler}").uniform(0.6, 0.95)
-        task = world.task(rng)
-        if task["kind"] == "few_shot":
-            block = rng.choice(world.by_category[task["category"]])
-            pattern = rng.choice(block["prompts"])
-            pairs = [world.instance(block, pattern, rng) for _ in range(3)]
-            texts = [pair["prompt"] + imperfect(world, pair, rng, care) + "\n" for pair in pairs]
-            for i, pair in enumerate(pairs):
-                shots = "".join(texts[:i] + texts[i + 1 :])
-                response = texts[i][len(pair["prompt"]) : -1]
-                row = dict(prompt=shots + pair["prompt"], response=response)
-                rows.append(dict(row, category=task["category"], user=labeler))
-        else:
-            row = dict(prompt=task["prompt"], response=imperfect(world, task, rng, care))
-            rows.append(dict(row, category=task["category"], user=labeler))
-    return rows
-
-
-def load(folder, scale, seed):
-    """The datasets of a run, from the world ('') or from a folder of files -> dict of lists:
-
-    pretrain, pretrain_valid, primer      texts; the primer is read first, and empty for a folder
-    demonstrations, demonstrations_valid  rows with prompt, response
-    comparisons, comparisons_valid        rows with prompt, responses, ranks
-    comparison_prompts                    the world has these instead: its labelers wait for samples,
-                                          and comparisons is None
-    prompts, valid, test                  rows with prompt: for PPO, for choices, for the last table
-
-    Raises SystemExit for a folder without comparisons and for the first malformed row.
-    """
-    if not folder:
-        if scale not in WORLD_SIZES:
-            raise SystemExit(f"--scale={scale} is for real text: pass a folder, --data=DIR")
-        return world_data(World(), scale, seed)
-    rows = read_folder(folder)
-    documents = random.Random(f"documents {seed}").sample(rows["pretrain"], len(rows["pretrain"]))
-    n_valid = max(1, len(documents) // 40)
-    split = dict(
-        pretrain_valid=documents[:n_valid], pretrain=documents[n_valid:] or documents, primer=[]
-    )
-    for name, shares, *parts in (
-        ("demonstrations", (0.9, 0.1), "demonstrations", "demonstrations_valid"),
-        ("comparisons", (0.9, 0.1), "comparisons", "comparisons_valid"),
-        ("prompts", (0.8, 0.1, 0.1), "prompts", "valid", "test"),
-    ):
-        split.update(zip(parts, split_by_user(rows[name], shares, seed, name)))
-    return split
-
-
-# --------------------------------------------------------------------------------------------------
-# batches
-
-
-def encode_documents(tokenizer, texts, length):
-    """Documents -> lists of ids, each ended by eot and cut into pieces of at most `length` ids.
-
-    A row of training text is one document (or a piece of a long one), not a window over several as in
-    nanoGPT: a word is then looked up in the one text that is there, and copying from a prompt is learnt
-    in a fifth of the steps (README, "What made the difference").
-    """
-    pieces = []
-    for ids in tokenizer.encode_batch(texts):
-        ids = ids + [tokenizer.eot]
-        pieces += [ids[i : i + length] for i in range(0, len(ids), length)]
-    return [piece for piece in pieces if len(piece) > 1]
-
-
-def document_batch(documents):
-    """B lists of ids -> tokens (B, T), mask (B, T-1): every token counts."""
-    tokens, lengths = model.pad(documents)
-    return tokens, model.response_mask(torch.ones_like(lengths), lengths, tokens.size(1))
-
-
-def valid_documents(documents, rows=512, tokens=16_384):
-    """The first documents, up to so many rows and tokens: the same for every stage and the last table,
-    so that the pretraining losses of all models are comparable."""
-    totals = itertools.accumulate(map(len, documents))
-    return [d for d, total in zip(documents[:rows], totals) if total <= tokens] or documents[:1]
-
-
-def document_batches(documents, size=32):
-    """Lists of ids -> list of (tokens, mask), `size` documents each, in their order."""
-    return [document_batch(documents[i : i + size]) for i in range(0, len(documents), size)]
-
-
-def encode_pairs(tokenizer, rows, block_size):
-    """Rows with prompt and response -> list of (prompt ids, response ids with eot). Rows longer than
-    the context are dropped and counted; raises SystemExit if none is left."""
-    pairs = [
-        (tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"]) + [tokenizer.eot])
-        for row in rows
-    ]
-    return fitting(pairs, lambda pair: len(pair[0]) + len(pair[1]), block_size, "demonstrations")
-
-
-def fitting(rows, length, limit, name):
-    """The rows of at most `limit` tokens; prints how many were dropped. Raises SystemExit if
-    none is left."""
-    kept = [row for row in rows if length(row) <= limit]
-    if len(kept) < len(rows):
-        print(f"dropped {len(rows) - len(kept)} of {len(rows)} {name}: longer than {limit} tokens")
-    if not kept:
-        raise SystemExit(
-            f"all {len(rows)} {name} are longer than {limit} tokens: raise --block_size or shorten them"
-        )
-    return kept
-
-
-def bucketed(lengths, batch, seed, count=None):
-    """Batches of rows of similar length, so that little is padding -> list of `count` lists of indices,
-    or of one epoch.
-
-    Rows are shuffled, sorted by length within pools of 16 batches, and the batches shuffled again;
-    next epoch, anew.
-    """
-    batches, epoch = [], 0
-    while len(batches) < (1 if count is None else count):
-        rng = np.random.default_rng([seed, epoch])
-        order = rng.permutation(len(lengths))
-        pools = [
-            sorted(order[i : i + 16 * batch], key=lambda i: lengths[i])
-            for i in range(0, len(order), 16 * batch)
-        ]
-        cut = [pool[i : i + batch] for pool in pools for i in range(0, len(pool), batch)]
-        batches += [[int(i) for i in cut[j]] for j in rng.permutation(len(cut))]
-        epoch += 1
-    return batches[:count]
-
-
-def draw(rows, count, rng):
-    """`count` random rows of a list, with replacement."""
-    return [rows[i] for i in rng.integers(0, len(rows), count)]
-
-
-def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
-    """Responses of a policy to texts -> list of (text, ids); ids end with eot if the response
-    ended by itself."""
-    prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompt_ids[i]))
-    responses = [None] * len(prompts)
-    for first in range(0, len(order), 512):
-        chosen = order[first : first + 512]
-        tokens, lengths = model.generate(
-            policy, [prompt_ids[i] for i in chosen], max_new_tokens, temperature, tokenizer.eot,
-            generator,
-        )
-        for i, row, length in zip(chosen, tokens.tolist(), lengths.tolist()):
-            ids = row[len(prompt_ids[i]) : length]
-            responses[i] = (response_text(tokenizer, prompt_ids[i], ids), ids)
-    return responses
-
-
-def response_text(tokenizer, prompt_ids, ids):
-    """ids of a response -> text without eot, decoded behind its prompt, so that the space between the
-    two stays with the response."""
-    ids = ids[:-1] if ids and ids[-1] == tokenizer.eot else ids
-    return tokenizer.decode(prompt_ids + ids)[len(tokenizer.decode(prompt_ids)) :]
-
-
-def every_row(count, turn, size, seed):
-    """The `size` rows of a turn, such that each of `count` rows comes once before any comes again ->
-    list of indices."""
-    rows, first = [], turn * size
-    while len(rows) < size:
-        epoch, place = divmod(first + len(rows), count)
-        order = np.random.default_rng([seed, 4, epoch]).permutation(count)
-        rows += order[place : place + size - len(rows)].tolist()
-    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1043,34 +1104,13 @@ def read_rows(path):
 def read_jsonl(path, *keys):
     """-> list of rows (dicts), each with these keys (see check_row). Raises SystemExit at the first
     that has not, with file and line."""
-    rows = drop_empty(path, read_rows(path)) if "responses" in keys else read_rows(path)
+    rows = read_rows(path)
     for place, row in rows:
         try:
             check_row(row, *keys)
         except ValueError as why:
             raise SystemExit(f"{path}:{place}: {why}")
     return [row for _, row in rows]
-
-
-def drop_empty(path, rows):
-    """Rows of out/comparisons.jsonl (they hold sampled "tokens") without the responses in which no text
-    was sampled, and without groups that are left with one -> rows; prints how many. In a row that
-    people wrote an empty response is a mistake, and refused."""
-    kept, empty = [], 0
-    for place, row in rows:
-        keys = ("tokens", "responses", "ranks")
-        if isinstance(row, dict) and all(isinstance(row.get(key), list) for key in keys):
-            blank = [i for i, text in enumerate(row["responses"]) if not str(text).strip()]
-            for i in reversed(blank):
-                row["responses"][i : i + 1] = row["ranks"][i : i + 1] = []
-            empty += len(blank)
-            if blank and len(row["responses"]) < 2:
-                continue
-        kept.append((place, row))
-    if empty:
-        groups = len(rows) - len(kept)
-        print(f"{path}: dropped {empty} empty responses, {groups} groups had no pair left")
-    return kept
 
 
 def read_dataset(folder, name):
@@ -1170,7 +1210,7 @@ def split_by_user(rows, shares, seed, name="rows"):
 # importers: python data.py import FORMAT FILE.. --out=DIR
 #
 # An importer takes one row of the source and yields (dataset file, row for it), or raises an error if
-# it is unusable. Rows that belong together it yields as ("collected", item): see PUT_TOGETHER.
+# it is unusable. Windows of reviews it yields as ("windows", row): see compare_windows.
 
 
 def checked(name, **row):
@@ -1228,12 +1268,6 @@ def import_oasst(row):
     return turn(tree["prompt"], "")
 
 
-def instruction_prompt(row):
-    """-> the instruction, and its input or context, if any, on the next line."""
-    context = row.get("input") or row.get("context") or ""
-    return f"{row['instruction'].strip()}\n{context.strip()}".strip()
-
-
 def import_instructions(row):
     """instruction; input or context, or none; output, response or text. self-instruct: a list of
     instances. A copy of dolly: prompt in Alpaca's template, which we take apart, and answer."""
@@ -1248,74 +1282,52 @@ def import_instructions(row):
         task = {**row, **instance}
         response = next((key for key in ("output", "response", "text") if key in task), "output")
         check_row(task, "instruction", response)
-        category = {"category": row["category"]} if "category" in row else {}
+        context = task.get("input") or task.get("context") or ""
         yield checked(
-            "demonstrations.jsonl", prompt=instruction_prompt(task), response=task[response].strip(),
-            **category,
+            "demonstrations.jsonl", response=task[response].strip(),
+            prompt=f"{task['instruction'].strip()}\n{context.strip()}".strip(),
+            **({"category": row["category"]} if "category" in row else {}),
         )
 
 
-def import_pandalm(row):
-    """Two responses and three votes: 1 or 2 for the better one, 0 a tie; the majority decides."""
-    check_row(row, "instruction", "response1", "response2")
-    responses = row["response1"].strip(), row["response2"].strip()
-    votes = [row[f"annotator{i}"] for i in (1, 2, 3)]
-    if not set(votes) <= {0, 1, 2} or responses[0] == responses[1]:
-        raise ValueError(f"votes {votes} (0, 1 or 2 is expected), or twice the same response")
-    better = max((0, 1, 2), key=votes.count)  # the first of equals: three different votes are a tie
-    yield "collected", (instruction_prompt(row), responses, better)
-
-
-def group_pairs(pairs):
-    """Pairs of one prompt -> one comparison: the more pairs a response won, the better."""
-    wins = defaultdict(Counter)  # prompt -> response -> pairs won
-    for prompt, responses, better in pairs:
-        for i, response in enumerate(responses, 1):
-            wins[prompt][response] += i == better
-    for prompt, won in wins.items():
-        yield comparison(prompt, list(won), list(won.values()))
-
-
-REVIEW_WORDS = 60  # a response is cut to this, at the end of a sentence if one is near
-# Compared reviews teach style and reward, openings are prompts for the policy, held-out reviews test
-# the reward model, and a judge learns from those which neither has seen.
-REVIEW_PARTS = {"compared": 0.5, "openings": 0.2, "heldout": 0.15, "judge": 0.15}
+# Ziegler et al.'s task: five words of a review, then go on for fifteen. Windows of compared reviews
+# teach style and reward, openings are prompts, and a judge learns from reviews that no model has seen.
+WINDOW, OPENING = 20, 5  # words
+REVIEW_PARTS = {"compared": 0.45, "openings": 0.1, "judge": 0.45}
 
 
 def import_review(row):
-    """text, and rating: stars of ten."""
-    text = " ".join(re.sub(r"<br\s*/?>", " ", row["text"]).split())
+    """text, and rating: stars of ten. All of its windows, of equal length so that length tells nothing."""
+    text = re.sub(r"<br\s*/?>", " ", row["text"])
     check_row({**row, "text": text}, "text", "rating")
-    words = text.split()[:REVIEW_WORDS]
-    ends = [n for n, word in enumerate(words, 1) if re.search(r"[.!?][\"')]*$", word)]
-    if len(words) == REVIEW_WORDS and ends and ends[-1] >= REVIEW_WORDS // 3:
-        words = words[: ends[-1]]
-    yield "collected", (text, words, row["rating"])
+    words = text.split()
+    if len(words) <= OPENING:
+        raise ValueError(f"a review of {len(words)} words: nothing follows its opening")
+    # drawn by the text: the same review is in the same part whatever else is imported
+    [part] = random.Random(text).choices(list(REVIEW_PARTS), REVIEW_PARTS.values())
+    for start in range(0, len(words) - WINDOW + 1, WINDOW) if len(words) > WINDOW else [0]:
+        window = words[start : start + WINDOW]
+        yield "windows", dict(part=part, words=window, rating=row["rating"])
 
 
-def compare_reviews(reviews):
-    """Demonstrations continue the opening of compared reviews, whatever the rating: SFT learns to write
-    reviews, and only the reward model sees, in groups of K = 6, which of them are liked."""
-    rng, compared = random.Random(0), []
-    for text, words, rating in reviews:
-        # drawn by the text: the same review is in the same part whatever else is imported
-        [part] = random.Random(text).choices(list(REVIEW_PARTS), REVIEW_PARTS.values())
-        n = min(rng.randint(4, 8), len(words) // 2)
-        opening, rest = " ".join(["Review:", *words[:n]]), " " + " ".join(words[n:])
-        review = {"prompt": "Review:", "response": " " + " ".join(words), "rating": rating}
-        if part in ("heldout", "judge"):
-            yield f"{part}.jsonl", review
+def compare_windows(windows):
+    """Windows of reviews -> dataset rows. Demonstrations go on from the opening whatever the stars; only
+    the reward model sees, in groups of K = 6, which windows are liked."""
+    compared = []
+    for window in windows:
+        opening, rest = (" ".join(w) for w in (window["words"][:OPENING], window["words"][OPENING:]))
+        prompt, response = f"review: {opening}", f" {rest}"
+        if window["part"] == "judge":
+            yield "judge.jsonl", dict(prompt=prompt, response=response, rating=window["rating"])
+        elif window["part"] == "openings":
+            yield checked("prompts.jsonl", prompt=prompt)
         else:
-            yield "pretrain.txt", f"Review: {text}"
-        if part == "openings":
-            yield checked("prompts.jsonl", prompt=opening)
-        if part == "compared":
-            yield checked("demonstrations.jsonl", prompt=opening, response=rest)
-            compared.append(review)
-    rng.shuffle(compared)
-    for start in range(0, len(compared) - 1, 6):
-        group = compared[start : start + 6]
-        yield comparison("Review:", [r["response"] for r in group], [r["rating"] for r in group])
+            yield checked("demonstrations.jsonl", prompt=prompt, response=response)
+            yield "pretrain.txt", prompt + response
+            compared.append((f" {opening} {rest}", window["rating"]))
+    random.Random(0).shuffle(compared)
+    for first in range(0, len(compared) - 1, 6):
+        yield comparison("review:", *zip(*compared[first : first + 6]))
 
 
 def import_text(row):
@@ -1327,13 +1339,11 @@ def import_text(row):
 
 FORMATS = {
     "hh-rlhf": import_pairs, "pairs": import_pairs,
-    "pandalm": import_pandalm,
     "oasst": import_oasst,
     "alpaca": import_instructions, "dolly": import_instructions, "self-instruct": import_instructions,
     "imdb": import_review, "sentence-polarity": import_review,
     "text": import_text,
 }
-PUT_TOGETHER = {import_pandalm: group_pairs, import_review: compare_reviews}
 IMPORT_USAGE = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"
 
 
@@ -1341,20 +1351,19 @@ def import_rows(format, paths):
     """-> {file: rows}, [("path:line", reason)] for what cannot be used."""
     if format not in FORMATS:
         raise SystemExit(f'format "{format}" is not known: {IMPORT_USAGE}')
-    importer, files, unused = FORMATS[format], defaultdict(list), []
+    files, unused = defaultdict(list), []
     for path in paths:
         for place, row in read_rows(path):
             try:
-                for name, item in list(importer(row)):  # list: all of a row, or nothing
+                for name, item in list(FORMATS[format](row)):  # list: all of a row, or nothing
                     files[name].append(item)
             except (ValueError, AttributeError, KeyError, TypeError) as why:
                 unused.append((f"{path}:{place}", f"unusable row ({why})"))
     if not files:
         place, reason = (unused + [(f"{paths[0]}:1", "the file is empty")])[0]
         raise SystemExit(f"{place}: {reason}: no row can be used, is the file {format}?")
-    if importer in PUT_TOGETHER:
-        for name, row in PUT_TOGETHER[importer](files.pop("collected")):
-            files[name].append(row)
+    for name, row in compare_windows(files.pop("windows", [])):
+        files[name].append(row)
     # what the source does not give by itself: its prompts, and its good texts as pretraining text
     good = files["demonstrations.jsonl"] + [best_of(row) for row in files["comparisons.jsonl"]]
     texts = [row["prompt"] + join(row["prompt"], row["response"]) for row in good]

@@ -4,8 +4,8 @@ Stage 2: the reward model, from rankings of K responses (InstructGPT, sec. 3.5 a
     loss = - 1 / C(K,2) * sum over pairs (w better than l) of log sigmoid(r(x, y_w) - r(x, y_l))   eq. 1
 
 All pairs of a prompt come from K forward passes and are one element of a batch: they are strongly
-correlated, and a model that met them shuffled would meet every response K-1 times. One epoch. At last
-the head's bias is shifted so that the demonstrations score 0 on average.
+correlated, and a model that met them shuffled would meet every response K-1 times. At last the head's
+bias is shifted so that the demonstrations score 0 on average.
 
 In the world the responses are sampled and ranked here first (out/comparisons.jsonl, the format of
 --data); with --data=DIR they are read from DIR/comparisons.jsonl.
@@ -14,76 +14,48 @@ Differs from the paper in:
     1. the loss divides by the pairs that are kept when ties are dropped; the paper does not say;
     2. the responses of a prompt come from several sources (COLLECTED below), not from supervised models
        only: a small reward model that never saw a reply to another question gives such replies full
-       marks (README).
+       marks.
 
     python reward.py                  after python sft.py; 3 minutes on two CPU cores; writes reward.pt
     python reward.py --folds=5        only measures agreement with labelers it did not learn from
+
+The file in order: the stage; below the bar, where comparisons come from.
 """
 
 import json
-import math
 import os
 import random
-import time
-import zlib
-from dataclasses import asdict, dataclass
+import runpy
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import model
-from model import ScalarGPT, check
+import sft
+from data import Common, Count, Rate
+from model import ScalarGPT
+from sft import Run, check
 
 
 @dataclass
-class Config:
-    # where and what
-    scale: str = "cpu"  # tiny, cpu, gpu, gpt2
-    out: str = "out"
-    seed: int = 1
-    data: str = ""  # folder of dataset files; '' is the miniature world
-    device: str = ""
-    dtype: str = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
-    encoding: str = "bpe"
-    base: str = ""  # '' is out/base.pt
-    sft: str = ""  # what the reward model starts from, its last epoch; '' is out/sft.pt
+class Config(Common):
+    sft: str = ""  # what the reward model starts from, its last epoch; '' is sft.pt
 
     # collecting comparisons (the world only)
-    k_min: int = 4  # responses to a prompt: k_min to k_max, as the paper
-    k_max: int = 9
-    max_new_tokens: int = 28  # (paper: 1k)
+    k_min: Count = 4  # responses to a prompt: k_min to k_max, as the paper
+    k_max: Count = 9
 
     # optimisation
-    epochs: int = 1  # as the paper: more overfit
-    batch: int = 10  # prompts a step (paper: 64)
-    lr: float = 1e-3  # peak, cosine to 10% (paper: 9e-6)
-    grad_clip: float = 1.0
-    folds: int = 1  # above 1: labelers in so many groups, train without one, test on it (App. E.2: 5)
-
-    # logging
-    log_every: int = 200  # steps
-    save_seconds: float = 15.0
+    epochs: Count = 2  # (paper: 1, of 33k prompts; more overfit a model with 6B parameters)
+    batch: Count = 4  # prompts a step (paper: 64)
+    lr: Rate = 1e-3  # peak, cosine to 10% (paper: 9e-6)
+    grad_clip: Rate = 1.0
+    folds: Count = 1  # above 1: labelers in so many groups, train without one, test on it (App. E.2: 5)
 
 
-SCALES = dict(
-    tiny=dict(log_every=5, save_seconds=5.0),
-    cpu=dict(),
-    gpu=dict(batch=64),
-    gpt2=dict(batch=8, lr=9e-6, max_new_tokens=256),
-)
-
-# Where the responses to a prompt come from, and how often
-COLLECTED = dict(
-    sft=0.4,  # the supervised model at temperature 1
-    hot=0.08,  # the same at temperature 1.3
-    base=0.06,  # the base model, which knows no instructions
-    labeler=0.14,  # a demonstration written for this prompt
-    other=0.12,  # a good reply to another prompt
-    # a good reply with one mistake: a word changed, something left out or said twice, an insult, ...
-    spoiled=0.2,
-)
+SCALES = dict(tiny=dict(), cpu=dict(), gpu=dict(batch=64), gpt2=dict(batch=8, lr=9e-6))
 
 
 def ranking_loss(scores, ranks):
@@ -91,7 +63,8 @@ def ranking_loss(scores, ranks):
 
     Rank 1 is best; equal ranks are a tie, whose pair is dropped; rank 0 is an empty slot. Mean over a
     prompt's kept pairs, then over the prompts that have any: a prompt with 36 pairs weighs as much as
-    one with 6. Without any pair the loss is 0.
+    one with 6. Without any pair the loss is 0. A model that cannot tell the responses apart stays at
+    ln 2 = 0.693.
     """
     better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)  # (B, K, K): w, l
     losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :]) * better  # (B, K, K)
@@ -100,45 +73,27 @@ def ranking_loss(scores, ranks):
     return per_prompt.sum() / (pairs > 0).sum().clamp(min=1)
 
 
+def masked_scores(reward_model, tokens, mask):
+    """The scalar that has read each unmasked action, 0 elsewhere: tokens (B, T), mask (B, T-1) ->
+    (B, T-1), score units."""
+    scores = reward_model(tokens, where=F.pad(mask, (1, 0)))  # (N,)
+    return torch.zeros(mask.shape, device=mask.device, dtype=scores.dtype).masked_scatter(mask, scores)
+
+
 def score(reward_model, tokens, lengths):
-    """The scalar at the last real token of each row, which is eot if the response ended.
-
-    tokens (B, T), lengths (B,) -> (B,), score units.
-    """
-    last = torch.arange(tokens.size(1), device=tokens.device) == lengths[:, None] - 1  # (B, T)
-    return reward_model(tokens, last)
-
-
-def score_rows(reward_model, rows, device):
-    """N lists of ids -> scores (N,), on rows of similar length at a time (model.microbatches)."""
-    pieces = model.microbatches([len(row) for row in rows], device)
-    scores = [score(reward_model, *model.pad([rows[i] for i in piece], device)) for piece in pieces]
-    return model.in_row_order(scores, pieces)
-
-
-def encode_comparisons(tokenizer, rows, block_size):
-    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks).
-
-    Sampled ids ("tokens") are taken as they are. Groups longer than the context are dropped and
-    counted; raises SystemExit if none is left.
-    """
-    groups = []
-    for row in rows:
-        prompt = tokenizer.encode(row["prompt"])
-        responses = row.get("tokens") or [
-            tokenizer.encode(r) + [tokenizer.eot] for r in row["responses"]
-        ]
-        groups.append(([prompt + response for response in responses], row["ranks"]))
-    return data.fitting(groups, lambda group: max(map(len, group[0])), block_size, "comparisons")
+    """The scalar at the last real token of each row, which is eot if the response ended: tokens (B, T),
+    lengths (B,) -> (B,), score units. Computed on rows of similar length at a time."""
+    last = model.response_mask(lengths - 1, lengths, tokens.size(1))  # (B, T-1)
+    return model.by_length(masked_scores, reward_model, tokens, last).sum(1)
 
 
 def score_groups(reward_model, groups, device):
     """B groups of K rows -> scores (B, K) of all responses, ranks (B, K), 0 in empty slots."""
-    scores = score_rows(reward_model, [row for rows, _ in groups for row in rows], device).float()
-    per_prompt = scores.split([len(ranks) for _, ranks in groups])
-    ranks = [torch.tensor(ranks, device=device) for _, ranks in groups]
+    tokens, lengths = model.pad([row for rows, _ in groups for row in rows], device)
+    scores = score(reward_model, tokens, lengths).split([len(ranks) for _, ranks in groups])
+    ranks = [torch.tensor(ranks) for _, ranks in groups]
     pad = torch.nn.utils.rnn.pad_sequence
-    return pad(per_prompt, batch_first=True), pad(ranks, batch_first=True)
+    return pad(scores, batch_first=True), pad(ranks, batch_first=True).to(device)
 
 
 @torch.no_grad()
@@ -158,157 +113,215 @@ def evaluate(reward_model, groups, device):
 
 
 @torch.no_grad()
-def mean_score(reward_model, pairs, device):
-    """Mean score of the demonstrations, pairs of (prompt ids, response ids with eot) -> float."""
-    rows = [prompt + response for prompt, response in pairs]
-    pieces = [score_rows(reward_model, rows[i : i + 256], device) for i in range(0, len(rows), 256)]
-    return float(torch.cat(pieces).mean())
+def shift_to_demonstrations(reward_model, pairs, device):
+    """Demonstrations, pairs of (prompt ids, response ids), score 0 on average from now on (sec. 3.5):
+    eq. 1 leaves a constant free, but beta's scale and a penalty need it. It is the head's bias, so that
+    the value model inherits it."""
+    tokens, lengths = model.pad([prompt + response for prompt, response in pairs], device)
+    reward_model.head.bias -= score(reward_model, tokens, lengths).mean()
 
 
-def train_step(reward_model, optimizer, batch, lr, config, device):
-    """One optimizer step on a batch of groups: K forwards for each, all its pairs in the loss -> loss.
+def load_judge(config, tokenizer, rows, device):
+    """What scores responses, by --reward -> judge, the reward model or None. judge: a function of
+    tokens (B, T), prompt_lengths (B,), lengths (B,) that returns scores (B,). rows: the prompts."""
+    if config.reward.endswith(".py"):
+        names = runpy.run_path(config.reward)
+        check("reward" in names, f"{config.reward} defines no function reward(prompts, responses)")
+        return text_judge(names["reward"], tokenizer), None
+    made_by = 'run "python reward.py" first, or pass --reward=PATH'
+    path = sft.where(config, "reward")
+    reward_model, of_reward, _ = sft.load_reward(path, made_by, device)
+    message = f"{path} has another encoding than the policy: train one of them again"
+    check(of_reward.state() == tokenizer.state(), message)
+    if config.reward == "gold":
+        return gold_judge(tokenizer, rows), reward_model
+    return model_judge(reward_model), reward_model
 
-    If that is not finite, no step is made.
-    """
-    with model.autocast(device, config.dtype):
-        scores, ranks = score_groups(reward_model, batch, device)  # (B, K)
-    loss = ranking_loss(scores, ranks)
-    if math.isfinite(loss.item()):  # else the caller stops, with the last good weights untouched
+
+def model_judge(reward_model):
+    """A reward model as a judge."""
+    return lambda tokens, prompt_lengths, lengths: score(reward_model, tokens, lengths)
+
+
+def gold_judge(tokenizer, rows):
+    """The gold preference of the world as a judge of responses to these prompts."""
+    world, tasks = data.World(), {tokenizer.decode(row["ids"]): row for row in rows}
+    return text_judge(
+        lambda prompts, responses: [
+            world.gold(tasks[prompt], text)["gold"] for prompt, text in zip(prompts, responses)
+        ],
+        tokenizer,
+    )
+
+
+def text_judge(function, tokenizer):
+    """function(prompts, responses), lists of texts, -> numbers; as a judge."""
+    def judge(tokens, prompt_lengths, lengths):
+        rows = list(zip(tokens.tolist(), prompt_lengths.tolist(), lengths.tolist()))
+        prompts = [tokenizer.decode(row[:start]) for row, start, _ in rows]
+        texts = [data.response_text(tokenizer, row[:start], row[start:end]) for row, start, end in rows]
+        scores = [float(x) for x in function(prompts, texts)]
+        check(len(scores) == len(texts), f"reward gave {len(scores)} numbers for {len(texts)} responses")
+        return torch.tensor(scores, device=tokens.device)
+
+    return judge
+
+
+def main(config):
+    """Collect the comparisons if there are none, then make reward.pt in config.out or go on with it."""
+    sft.check_config(config)
+    check(config.k_min >= 2, f"--k_min={config.k_min}: a comparison needs at least 2 responses")
+    check(
+        config.k_max >= config.k_min,
+        f"--k_max={config.k_max} is below --k_min={config.k_min}: raise it",
+    )
+    run = Run("reward", "reward", config, ignore=("folds",))
+    if run.finished and config.folds == 1:
+        return
+    start, tokenizer, _ = sft.load_policy(
+        sft.where(config, "sft"), 'run "python sft.py" first, or pass --sft=PATH', run.device
+    )
+    if tokenizer.name != config.encoding:
+        print(f"--encoding={config.encoding} is not used: the supervised model has {tokenizer.name}")
+
+    # 1. comparisons: read, or sampled and ranked here
+    datasets = data.load(config.data, config.scale, config.seed)
+    rows, rows_valid = datasets["comparisons"], datasets.get("comparisons_valid")
+    if rows is None:
+        rows, rows_valid = collect_for_world(config, start, tokenizer, datasets)
+    groups, groups_valid = (
+        data.encode_comparisons(tokenizer, part, start.config.block_size) for part in (rows, rows_valid)
+    )
+    pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], start.config.block_size)
+    if config.folds > 1:
+        return cross_validate(start, tokenizer, groups, rows, pairs, config)
+    train(run, start, tokenizer, groups, groups_valid, pairs, config)
+
+
+def train(run, start, tokenizer, groups, groups_valid, pairs, config):
+    """Make reward.pt from comparisons, or go on with it. start: the GPT it starts from; groups,
+    groups_valid: of data.encode_comparisons; pairs: the demonstrations, which score 0 at last."""
+    # 2. the model starts from the supervised one, its unembedding replaced by a scalar head
+    torch.manual_seed(config.seed)
+    reward_model = ScalarGPT.from_gpt(start)
+    optimizer = sft.adamw(reward_model, config.lr)
+    steps = -(-len(groups) // config.batch) * config.epochs
+    batches = data.bucketed([len(rows[0]) for rows, _ in groups], config.batch, config.seed, steps)
+    run.begin(steps, reward_model, tokenizer, optimizer=optimizer)
+    if run.step == 0:
+        run.log(**evaluate(reward_model, groups_valid, run.device))
+    seen = 0
+    for step in run:
+        # 3. K forwards for each prompt of the batch, all its pairs in the loss, one step
+        batch = [groups[i] for i in batches[step - 1]]
+        with sft.autocast(run.device, config.dtype):
+            scores, ranks = score_groups(reward_model, batch, run.device)  # (B, K)
+        loss = ranking_loss(scores, ranks)
+        run.check_finite(loss.item())
         loss.backward()
-        model.optimizer_step(optimizer, reward_model, lr, config.grad_clip)
-    return loss.item()
+        sft.optimizer_step(reward_model, [optimizer], sft.cosine(step, steps), config.grad_clip)
+        seen += sum(len(ranks) for _, ranks in batch)
+        # 4. log
+        if step % config.log_every == 0 or step == steps:
+            numbers = evaluate(reward_model, groups_valid, run.device)
+            run.log(loss=loss.item(), **numbers, responses_s=seen / run.seconds())
+    shift_to_demonstrations(reward_model, pairs, run.device)
+    run.finish()
+    return reward_model.eval()
 
 
-def cross_validate(sft, groups, rows, config, device):
-    """Do reward models generalise to labelers they did not learn from? (InstructGPT, sec. 4.1, App.
-    E.2: 69.6% against 72.4% on their own)
-
-    Labelers are dealt into config.folds groups; a model learns from all but one, and is tested on that
-    one and, with prompts it has not seen, on its own. Prints both accuracies for each fold -> list of
-    (accuracy on its own labelers, on the others). Raises SystemExit if there are fewer labelers than
-    folds.
-    """
-    names = sorted({row.get("labeler") for row in rows} - {None})
-    check(
-        len(names) >= config.folds,
-        f"--folds={config.folds}: the comparisons name {len(names)} labelers, fewer than that",
-    )
-    check(
-        len(rows) == len(groups),
-        "some comparisons are longer than the context: remove them for --folds",
-    )
-    fold_of = {name: i % config.folds for i, name in enumerate(names)}
-    results = []
-    for fold in range(config.folds):
-        mine = [i for i, row in enumerate(rows) if fold_of.get(row.get("labeler")) != fold]
-        train, own = [groups[i] for i in mine if i % 10], [groups[i] for i in mine if i % 10 == 0]
-        others = [groups[i] for i, row in enumerate(rows) if fold_of.get(row.get("labeler")) == fold]
-        torch.manual_seed(config.seed)
-        reward_model = ScalarGPT.from_gpt(sft)
-        optimizer = model.adamw(reward_model, config.lr)
-        batches = data.bucketed([len(rows[0]) for rows, _ in train], config.batch, config.seed)
-        for step, batch in enumerate(tqdm(batches, desc=f"fold {fold + 1}", disable=None)):
-            train_step(
-                reward_model, optimizer, [train[i] for i in batch],
-                config.lr * model.cosine(step, len(batches)), config, device,
-            )
-        accuracies = [evaluate(reward_model, part, device)["accuracy"] for part in (own, others)]
-        results.append(accuracies)
-        print(
-            f"fold {fold + 1}: accuracy on its own labelers {accuracies[0]:.3f}, "
-            f"on those it did not learn from {accuracies[1]:.3f}",
-            flush=True,
-        )
-    return results
+# ==================================================================================================
+# The bar: below it, where comparisons come from, and whether labelers agree.
+# ==================================================================================================
 
 
-# --------------------------------------------------------------------------------------------------
-# collecting comparisons
+# Where the responses to a prompt come from, and how often
+COLLECTED = dict(
+    sft=0.4,  # the supervised model at temperature 1
+    hot=0.08,  # the same at temperature 1.3
+    base=0.06,  # the base model, which knows no instructions
+    labeler=0.14,  # a demonstration written for this prompt
+    other=0.12,  # a good reply to another prompt
+    # a good reply with one mistake: a word changed, something left out or said twice, an insult, ...
+    spoiled=0.2,
+)
+CHUNK = 256  # prompts sampled and labeled together
 
 
-CHUNK = 256  # prompts sampled and labeled together; a killed run goes on from the last whole chunk
-
-
-def collect(path, tasks, policies, tokenizer, world, labelers, config, device, mixture):
-    """Sample K responses to each task from the mixture of sources; one labeler ranks them -> rows.
-
-    policies: dict(sft=, base=); mixture: {source: weight}. Rows, returned and appended to path: prompt,
-    responses, ranks, labeler, user, category, and per response its source, its rating and its sampled
-    ids (a text encoded again may fall into other tokens than those that were sampled).
-    """
+def collect_for_world(config, start, tokenizer, datasets):
+    """-> rows of comparisons, and of some for validation: samples of the supervised model only, ranked
+    by labelers who gave no training data."""
+    made_by = 'run "python sft.py" first, or pass --base=PATH'
+    base, _, _ = sft.load_policy(sft.where(config, "base"), made_by, sft.get_device(config.device))
+    world = data.World()
+    labelers, heldout = data.make_labelers(world, config.seed)
+    limit = start.config.block_size - config.max_new_tokens
     rows = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file if line.endswith("\n")]
-        rows = rows[: len(rows) // CHUNK * CHUNK] if len(rows) < len(tasks) else rows
-    if len(rows) == len(tasks):
-        return rows
-    rewrite_jsonl(path, rows)
-    for first in tqdm(range(len(rows), len(tasks), CHUNK), desc="comparisons", disable=None):
-        rng = random.Random(f"{path.rsplit('/')[-1]} {config.seed} {first}")
-        generator = model.seed_step(config.seed, first, device)
-        chunk = tasks[first : first + CHUNK]
+    for name, prompts, who, mixture in (
+        ("comparisons", "comparison_prompts", labelers, COLLECTED),
+        ("comparisons_valid", "valid", heldout, dict(sft=1.0)),
+    ):
+        tasks = data.encode_prompts(tokenizer, datasets[prompts], limit)
+        policies = dict(sft=start, hot=start, base=base)
+        rows.append(collect(name, tasks, policies, tokenizer, world, who, config, mixture))
+    return rows
+
+
+def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
+    """Sample K responses to each task from the mixture {source: weight}; one labeler ranks them -> rows,
+    which are the log of a run of its own, out/NAME.jsonl.
+
+    Rows: prompt, responses, ranks, labeler, user, category, and per response its source, its rating and
+    its sampled ids (a text encoded again may fall into other tokens than those that were sampled).
+    """
+    ignore = ("epochs", "batch", "lr", "grad_clip", "folds")
+    run = Run(name, "comparisons", config, ignore, mixture=str(mixture))
+    if not run.finished:
+        run.begin(-(-len(tasks) // CHUNK), None, None)
+    for step in run if not run.finished else ():
+        rng = random.Random(f"{name} {config.seed} {step}")
+        chunk, rows = tasks[(step - 1) * CHUNK : step * CHUNK], []
         sources = [
             rng.choices(list(mixture), mixture.values(), k=rng.randint(config.k_min, config.k_max))
             for _ in chunk
         ]
-        responses = [[None] * len(s) for s in sources]
-        for source, temperature in (("sft", 1.0), ("hot", 1.3), ("base", 1.0)):
-            slots = [(i, j) for i, s in enumerate(sources) for j in range(len(s)) if s[j] == source]
-            slots.sort(key=lambda slot: len(chunk[slot[0]]["prompt"]))
-            policy = policies["base" if source == "base" else "sft"]
-            if slots:
-                sampled = data.sample(
-                    policy, tokenizer, [chunk[i]["prompt"] for i, _ in slots], config.max_new_tokens,
-                    temperature, generator,
-                )
-                for (i, j), response in zip(slots, sampled):
-                    responses[i][j] = response
+        sampled = sample_sources(policies, tokenizer, chunk, sources, config, run.generator)
         for i, task in enumerate(chunk):
             for j, source in enumerate(sources[i]):
-                if responses[i][j] is None:
+                if (i, j) not in sampled:
                     text = written(world, source, task, tasks, rng)
-                    responses[i][j] = (text, tokenizer.encode(text) + [tokenizer.eot])
+                    sampled[i, j] = text, tokenizer.encode(text) + [tokenizer.eot]
+            # every different response once, none empty: noise would rank equal ones
+            kept = {sampled[i, j][0]: j for j in range(len(sources[i])) if sampled[i, j][0].strip()}
+            kept = sorted(kept.values())
+            if len(kept) < 2:
+                continue
+            texts, ids = zip(*(sampled[i, j] for j in kept))
             labeler = rng.choice(labelers)
-            texts, ids = zip(*responses[i])
             judged = data.label(world, labeler, task, texts, rng)
             rows.append(dict(
-                prompt=task["prompt"], responses=texts, ranks=judged["ranks"], labeler=labeler["id"],
-                user=task["user"], category=task["category"],
-                sources=sources[i], ratings=judged["ratings"], tokens=ids,
+                step=step, prompt=task["prompt"], responses=texts, ranks=judged["ranks"],
+                labeler=labeler["id"], user=task["user"], category=task["category"],
+                sources=[sources[i][j] for j in kept], ratings=judged["ratings"], tokens=ids,
             ))
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows[first:])
-    return rows
+        run.write(rows)
+    if not run.finished:
+        run.finish()
+    return data.read_jsonl(run.log_path)
 
 
-def check_collected(config, policies, mixture):
-    """Write beside the comparisons what they are collected with, out/comparisons.json.
-
-    Raises SystemExit if comparisons are there that were collected with something else; some without
-    such a file, made before there was one, are taken as they are.
-    """
-    names = ("k_min", "k_max", "max_new_tokens", "seed", "scale")
-    now = {f"--{name}": getattr(config, name) for name in names} | dict(mixture=mixture)
-    for name, policy in policies.items():
-        checksum = 0
-        for weight in policy.state_dict().values():
-            checksum = zlib.crc32(weight.cpu().numpy().tobytes(), checksum)
-        now[f"weights of {name}"] = checksum
-    path = os.path.join(config.out, "comparisons.json")
-    files = [os.path.join(config.out, f"comparisons{part}.jsonl") for part in ("", "_valid")]
-    collected = [file for file in files if os.path.exists(file)]
-    if collected and os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            there = json.load(file)
-        differ = [f"{k}: {there.get(k)} there, {now[k]} now" for k in now if there.get(k) != now[k]]
-        check(
-            not differ,
-            f"{' and '.join(collected)}: collected with other settings ({'; '.join(differ)}): "
-            "delete them or choose another --out",
-        )
-    elif not collected:
-        rewrite_jsonl(path, [now])
+def sample_sources(policies, tokenizer, chunk, sources, config, generator):
+    """The responses that models give -> {(task, place among its sources): (text, ids)}."""
+    sampled = {}
+    for source, temperature in (("sft", 1.0), ("hot", 1.3), ("base", 1.0)):
+        slots = [(i, j) for i, s in enumerate(sources) for j in range(len(s)) if s[j] == source]
+        if slots:
+            responses = data.sample(
+                policies[source], tokenizer, [chunk[i]["ids"] for i, _ in slots],
+                config.max_new_tokens, temperature, generator,
+            )
+            sampled.update(zip(slots, responses))
+    return sampled
 
 
 def written(world, source, task, tasks, rng):
@@ -322,145 +335,41 @@ def written(world, source, task, tasks, rng):
     return rng.choice(same if same and rng.random() < 0.6 else tasks)["reply"]
 
 
-def rewrite_jsonl(path, rows):
-    """Write rows to a temporary name, then rename."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(path + ".tmp", path)
+def cross_validate(start, tokenizer, groups, rows, pairs, config):
+    """Do reward models generalise to labelers they did not learn from? (InstructGPT, sec. 4.1, App.
+    E.2: 69.6% against 72.4% on their own)
 
-
-def main(config):
-    """Collect the comparisons if there are none, then make reward.pt in config.out or go on with it."""
-    model.check_values(config)
-    check(config.k_min >= 2, f"--k_min={config.k_min}: a comparison needs at least 2 responses")
-    check(
-        config.k_max >= config.k_min,
-        f"--k_max={config.k_max} is below --k_min={config.k_min}: raise it",
+    Labelers are dealt into config.folds groups; a model learns from all but one, and is tested on that
+    one and, with prompts it has not seen, on its own. Prints both accuracies for each fold -> list of
+    (accuracy on its own labelers, on the others). Raises SystemExit if there are fewer labelers than
+    folds.
+    """
+    names = sorted({row.get("labeler") for row in rows} - {None})
+    message = f"--folds={config.folds}: the comparisons name {len(names)} labelers, fewer than that"
+    check(len(names) >= config.folds, message)
+    message = "some comparisons are longer than the context: remove them for --folds"
+    check(len(rows) == len(groups), message)
+    fold_of, results = {name: i % config.folds for i, name in enumerate(names)}, []
+    for fold in range(config.folds):
+        held_out = [fold_of.get(row.get("labeler")) == fold for row in rows]
+        mine = [group for group, other in zip(groups, held_out) if not other]
+        others = [group for group, other in zip(groups, held_out) if other]
+        own = mine[::10]
+        del mine[::10]
+        run = Run(f"fold-{fold + 1}", "reward", config)
+        reward_model = train(run, start, tokenizer, mine, others, pairs, config)
+        results.append([evaluate(reward_model, part, run.device)["accuracy"] for part in (own, others)])
+        print(
+            f"fold {fold + 1}: accuracy on its own labelers {results[-1][0]:.3f}, "
+            f"on those it did not learn from {results[-1][1]:.3f}", flush=True,
+        )
+    own, others = (sum(column) / len(results) for column in zip(*results))
+    print(f"mean: {own:.3f} and {others:.3f}")
+    sft.write_text(
+        os.path.join(config.out, "folds.json"), json.dumps(dict(own=own, others=others, folds=results))
     )
-    device = model.get_device(config.device)
-    path = os.path.join(config.out, "reward.pt")
-    checkpoint = model.resume(path, "reward", asdict(config)) if config.folds == 1 else None
-    if checkpoint and checkpoint["finished"]:
-        print(f"{path} is there and finished")
-        return
-    datasets = data.load(config.data, config.scale, config.seed)
-    sft, checkpoint = model.load_policy(
-        config.sft or os.path.join(config.out, "sft.pt"),
-        'run "python sft.py" first, or pass --sft=PATH',
-        device,
-    )
-    tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
-    if tokenizer.name != config.encoding:
-        print(f"--encoding={config.encoding} is not used: the supervised model has {tokenizer.name}")
-
-    # 1. comparisons: read, or sampled and ranked here
-    if datasets["comparisons"] is None:
-        base, _ = model.load_policy(
-            config.base or os.path.join(config.out, "base.pt"),
-            'run "python sft.py" first, or pass --base=PATH',
-            device,
-        )
-        world = data.World()
-        labelers, heldout = data.make_labelers(world, config.seed)
-        policies = dict(sft=sft, base=base)
-        check_collected(config, policies, COLLECTED)
-        limit = min(p.config.block_size for p in policies.values()) - config.max_new_tokens
-        for name in ("comparison_prompts", "valid"):  # those that leave no room for a response go
-            datasets[name] = data.fitting(
-                datasets[name], lambda task: len(tokenizer.encode(task["prompt"])), limit, "prompts"
-            )
-        started = time.monotonic()
-        file = os.path.join(config.out, "comparisons.jsonl")
-        rows = collect(
-            file, datasets["comparison_prompts"], policies, tokenizer, world, labelers, config, device,
-            COLLECTED,
-        )
-        # for validation: samples of the supervised model only, ranked by labelers who gave no
-        # training data
-        file = os.path.join(config.out, "comparisons_valid.jsonl")
-        rows_valid = collect(
-            file, datasets["valid"], policies, tokenizer, world, heldout, config, device, dict(sft=1.0)
-        )
-        responses, seconds = sum(len(row["ranks"]) for row in rows), time.monotonic() - started
-        print(f"{len(rows)} comparisons, {responses} responses, {seconds:.0f} s")
-    else:
-        rows, rows_valid = datasets["comparisons"], datasets["comparisons_valid"]
-    groups = encode_comparisons(tokenizer, rows, sft.config.block_size)
-    groups_valid = encode_comparisons(tokenizer, rows_valid, sft.config.block_size)
-    pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], sft.config.block_size)
-
-    if config.folds > 1:
-        folds = cross_validate(sft, groups, rows, config, device)
-        own, others = (sum(column) / len(folds) for column in zip(*folds))
-        print(f"mean: {own:.3f} and {others:.3f}")
-        with open(os.path.join(config.out, "folds.json"), "w") as file:
-            json.dump(dict(own=own, others=others, folds=folds), file)
-        return
-    train(config, sft, tokenizer, groups, groups_valid, pairs)
-
-
-def train(config, sft, tokenizer, groups, groups_valid, pairs):
-    """Make reward.pt in config.out from comparisons, or go on with it. sft: the GPT it starts from;
-    groups, groups_valid: of encode_comparisons; pairs: the demonstrations, which score 0 at last."""
-    device = model.get_device(config.device)
-    path, settings = os.path.join(config.out, "reward.pt"), asdict(config)
-
-    # 2. the model starts from the supervised one, its unembedding replaced by a scalar head
-    torch.manual_seed(config.seed)
-    reward_model = ScalarGPT.from_gpt(sft)
-    optimizer = model.adamw(reward_model, config.lr)
-    checkpoint = model.resume(path, "reward", settings)
-    begin = checkpoint["step"] if checkpoint else 0
-    if checkpoint and checkpoint["finished"]:
-        print(f"{path} is there and finished")
-        return
-    if begin:
-        reward_model.load_state_dict(checkpoint["weights"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        print(f"{path}: going on from step {begin}")
-
-    def state(step, finished=False):
-        return dict(
-            kind="reward", config=asdict(reward_model.config), weights=reward_model.state_dict(),
-            step=step, finished=finished, optimizer=optimizer.state_dict(), settings=settings,
-            tokenizer=tokenizer.state(),
-        )
-
-    steps = -(-len(groups) // config.batch) * config.epochs
-    batches = data.bucketed([len(rows[0]) for rows, _ in groups], config.batch, config.seed, steps)
-    log = model.Log(path.replace(".pt", ".jsonl"), begin)
-    started, seen = time.monotonic(), 0
-    if begin == 0:
-        log.write(dict(step=0, **evaluate(reward_model, groups_valid, device)))
-    with (
-        model.Saver(path, config.save_seconds) as saver,
-        tqdm(total=steps, initial=begin, disable=None) as bar,
-    ):
-        for step in range(begin + 1, steps + 1):
-            # 3. K forwards for each prompt of the batch, all its pairs in the loss, one step
-            batch = [groups[i] for i in batches[step - 1]]
-            loss = train_step(
-                reward_model, optimizer, batch, config.lr * model.cosine(step, steps), config, device
-            )
-            model.check_finite(loss, step, path)
-            seen += sum(len(group_ranks) for _, group_ranks in batch)
-            # 4. log and save
-            bar.update()
-            if step % config.log_every == 0 or step == steps:
-                seconds = time.monotonic() - started
-                numbers = dict(step=step, loss=loss, **evaluate(reward_model, groups_valid, device))
-                numbers.update(seconds=seconds, responses_s=seen / seconds)
-                log.write(dict(**numbers, memory_gb=model.peak_memory_gb()))
-            saver.save_if_due(step, lambda: state(step))
-
-    # 5. the bias that makes demonstrations score 0 on average (sec. 3.5): eq. 1 leaves it free,
-    # beta's scale and a penalty need it
-    with torch.no_grad():
-        reward_model.head.bias -= mean_score(reward_model, pairs, device)
-    model.save_checkpoint(path, **state(steps, finished=True))
-    seconds = time.monotonic() - started
-    print(f"wrote {path}: {steps} steps, {seconds:.0f} s, peak memory {model.peak_memory_gb():.2f} GB")
+    return results
 
 
 if __name__ == "__main__":
-    model.run(main, Config, SCALES)
+    sft.start(main, Config, SCALES)

@@ -13,15 +13,25 @@ Stage 1: the language-model loss, three times (InstructGPT, sec. 3.5 and App. C.
 Differs from the paper in:
     1. the loss counts response tokens only (--train_on_prompts=true: all); the paper does not say;
     2. learning rates are those of a model a thousand times smaller; the paper's stand in the comments;
-    3. pretraining begins with a primer (README, "What made the difference").
+    3. pretraining uses Muon (Jordan et al. 2024) for the matrices of the blocks, and begins with a
+       primer. The paper was given its base model; SFT, reward model and PPO use Adam, as there.
 
-    python sft.py                     3.5 minutes on two CPU cores
+    python sft.py                     4 minutes on two CPU cores
     python sft.py --scale=tiny        seconds; its numbers mean nothing
+
+The file in order: the stage; below the bar, the plumbing of every stage: flags, checks, optimizers, a
+run that goes on where it was stopped, checkpoints.
 """
 
+import difflib
+import json
+import math
 import os
+import signal
+import sys
 import time
-from dataclasses import asdict, dataclass
+import zlib
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
@@ -29,68 +39,56 @@ from tqdm import tqdm
 
 import data
 import model
-from model import GPT, GPTConfig
+from data import Amount, Common, Count, Rate, Seed, Share
+from model import GPT, GPTConfig, ScalarGPT
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None
 
 
 @dataclass
-class Config:
-    # where and what
-    scale: str = "cpu"  # tiny, cpu, gpu, gpt2: the defaults of SCALES below
-    out: str = "out"  # folder for checkpoints and logs
-    seed: int = 1
-    data: str = ""  # folder of dataset files; '' is the miniature world
-    device: str = ""  # cpu or cuda; '' takes cuda if it is there
-    dtype: str = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
-    encoding: str = "bpe"  # bpe: trained on the data at hand; gpt2
-    base: str = ""  # start from a checkpoint, a Hugging Face folder or gpt2; '' pretrains out/base.pt
-
+class Config(Common):
     # model
-    vocab_size: int = 1024  # at most, for bpe
-    block_size: int = 256  # context, tokens (paper: 2048)
-    n_layer: int = 3
-    n_head: int = 2
-    n_embd: int = 128
+    vocab_size: Count = 1024  # at most, for bpe
+    n_layer: Count = 3
+    n_head: Count = 4
+    n_embd: Count = 128
 
     # pretraining
-    base_steps: int = 2400
-    base_tokens: int = 1024  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few
-    base_length: int = 128  # tokens; longer documents are cut into pieces
-    base_lr: float = 2e-3  # peak, cosine to 10% (GPT-3 1.3B: 2.0e-4)
-    base_weight_decay: float = 0.1
-    primer_share: float = 0.1  # of the steps: the first ones see roll-calls only; 0 for none
+    base_steps: Count = 4000
+    base_tokens: Count = 512  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few
+    base_lr: Rate = 2e-3  # AdamW, of embeddings and vectors: peak, cosine to 10% (GPT-3 1.3B: 2.0e-4)
+    muon_lr: Rate = 0.01  # Muon, of the matrices of the blocks: peak, the same cosine
+    base_weight_decay: Amount = 0.1  # as GPT-3
+    primer_share: Share = 0.2  # of the steps: the first ones see roll-calls only; 0 for none
+    lookup: bool = True  # GPTConfig.lookup; False is plain GPT-2
 
     # the supervised baseline
-    sft_epochs: int = 16  # as the paper
-    sft_batch: int = 16  # demonstrations a step (paper: 32, of 13k)
-    sft_lr: float = 5e-4  # peak, cosine to 10% (paper: 9.65e-6)
-    sft_dropout: float = 0.2  # residual, as the paper; for ppo_init.pt too, whose samples it betters
+    sft_epochs: Count = 16  # as the paper
+    sft_batch: Count = 16  # demonstrations a step (paper: 32, of 13k)
+    sft_lr: Rate = 5e-4  # peak, cosine to 10% (paper: 9.65e-6)
+    sft_dropout: Share = 0.2  # residual, as the paper; for ppo_init.pt too, whose samples it betters
     train_on_prompts: bool = False
 
     # the start of PPO
-    ppo_init_epochs: int = 16  # (paper: 2, of 50 times the demonstrations)
-    ppo_init_lr: float = 5e-4  # (paper: 5e-6 for 1.3B)
-    pretrain_share: float = 0.1  # of the rows of a batch, as the paper
+    ppo_init_epochs: Count = 16  # (paper: 2, of 50 times the demonstrations)
+    ppo_init_lr: Rate = 5e-4  # (paper: 5e-6 for 1.3B)
+    pretrain_share: Share = 0.1  # of the rows of a batch, as the paper
 
-    # optimisation and logging
-    grad_clip: float = 1.0
-    log_every: int = 200  # steps
-    save_seconds: float = 15.0  # a killed run loses at most this much
+    # optimisation
+    grad_clip: Rate = 1.0
 
 
 SCALES = dict(
-    tiny=dict(
-        vocab_size=512, n_layer=2, n_embd=32, base_steps=60, sft_epochs=4, log_every=20,
-        save_seconds=5.0,
-    ),
+    tiny=dict(vocab_size=512, n_layer=2, n_embd=32, base_steps=60, sft_epochs=4, ppo_init_epochs=4),
     cpu=dict(),
     gpu=dict(
         n_layer=6, n_head=6, n_embd=384, base_steps=12_000, base_tokens=16_000, base_lr=1e-3,
         sft_batch=32,
     ),
-    gpt2=dict(
-        encoding="gpt2", base="gpt2", block_size=1024, n_layer=12, n_head=12, n_embd=768, sft_batch=32,
-        sft_lr=1e-5, ppo_init_lr=5e-6, primer_share=0.0,
-    ),
+    gpt2=dict(n_layer=12, n_head=12, n_embd=768, sft_batch=32, sft_lr=1e-5, ppo_init_lr=5e-6),
 )
 
 
@@ -99,222 +97,569 @@ def lm_loss(gpt, tokens, mask):
 
     Computed on rows of similar length at a time (model.by_length).
     """
-    columns = torch.arange(2, tokens.size(1) + 1, device=mask.device)
-    lengths = (mask * columns).amax(1).clamp(min=2)  # (B,), up to the last action that counts
-    logprobs = model.by_length(lambda t, m: model.masked_logprobs(gpt, t, m), tokens, lengths, mask)
-    return -(logprobs.sum() / mask.sum())
+    return -model.by_length(model.masked_logprobs, gpt, tokens, mask).sum() / mask.sum()
 
 
-def demonstration_batch(pairs, train_on_prompts=False):
-    """Pairs of (prompt ids, response ids with eot) -> tokens (B, T), mask (B, T-1): True on the
-    response, eot included; with train_on_prompts on the prompt as well."""
-    tokens, lengths = model.pad([prompt + response for prompt, response in pairs])  # (B, T), (B,)
-    starts = torch.tensor([1 if train_on_prompts else len(prompt) for prompt, _ in pairs])
-    return tokens, model.response_mask(starts, lengths, tokens.size(1))
+@torch.no_grad()
+def valid_loss(gpt, batches):
+    """Mean loss over all unmasked tokens of batches (tokens, mask), nats per token, without dropout."""
+    gpt.eval()
+    device, total, count = gpt.lm_head.weight.device, 0.0, 0
+    for tokens, mask in batches:
+        total += float(lm_loss(gpt, tokens.to(device), mask.to(device))) * int(mask.sum())
+        count += int(mask.sum())
+    return total / count
 
 
-def train(
-    gpt, path, settings, tokenizer, steps, batch_at, lr, evaluate, config, weight_decay=0.0, keep=()
-):
-    """The loop of every stage, in its simplest form: one step is batch, loss, backward,
-    update, log, save.
+def train(run, gpt, optimizers, batches, valid, config, keep=None):
+    """The loop of every stage, in its simplest form: one step is batch, loss, backward, update, log.
 
-    batch_at(step, rng) -> tokens (B, T), mask (B, T-1), for step 1 to steps; evaluate() -> dict of
-    numbers; lr is the peak of the cosine; keep: {step: epoch}, the steps whose weights are kept. Goes
-    on from `path` if that holds the same run unfinished, does nothing if it is finished. Raises
-    SystemExit if the loss is not finite or `path` was made with other flags.
+    batches: for each step its rows, pairs of (prompt ids, response ids); a pretraining document is a
+    pair whose prompt is its first token. valid: {name: list of (tokens, mask)}, whose losses are
+    logged. keep: {step: epoch}, the steps whose weights are kept.
     """
-    device = model.get_device(config.device)
-    gpt.to(device)
-    optimizer = model.adamw(gpt, lr, weight_decay)
-    begin, kept = 0, {}
-    checkpoint = model.resume(path, "policy", settings)
-    if checkpoint:
-        if checkpoint["finished"]:
-            print(f"{path} is there and finished")
-            return
-        gpt.load_state_dict(checkpoint["weights"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        begin, kept = checkpoint["step"], checkpoint["epochs"]
-        print(f"{path}: going on from step {begin}")
-
-    def state(step):
-        return dict(
-            kind="policy", config=asdict(gpt.config), weights=gpt.state_dict(), epochs=kept, step=step,
-            finished=step == steps, optimizer=optimizer.state_dict(), settings=settings,
-            tokenizer=tokenizer.state(),
-        )
-
-    log = model.Log(path.replace(".pt", ".jsonl"), begin)
-    started, seen = time.monotonic(), 0
-    if begin == 0:
-        log.write(dict(step=0, **evaluate()))  # the untrained number is the baseline
-    with (
-        model.Saver(path, config.save_seconds) as saver,
-        tqdm(total=steps, initial=begin, disable=None) as bar,
-    ):
-        for step in range(begin + 1, steps + 1):
-            # 1. a batch; everything random is a function of seed and step: a resumed run draws the same
-            model.seed_step(config.seed, step, device)
-            tokens, mask = batch_at(step, np.random.default_rng([config.seed, step]))
-            tokens, mask = tokens.to(device), mask.to(device)
-            # 2. the loss and its gradients
-            gpt.train()
-            with model.autocast(device, config.dtype):
-                loss = lm_loss(gpt, tokens, mask)
-            model.check_finite(loss.item(), step, path)
-            loss.backward()
-            model.optimizer_step(optimizer, gpt, lr * model.cosine(step, steps), config.grad_clip)
-            seen += int(mask.sum())
-            # 3. log and save
-            bar.update()
-            if step % config.log_every == 0 or step == steps or step in keep:
-                seconds = time.monotonic() - started
-                numbers = dict(step=step, loss=loss.item(), **evaluate())
-                numbers.update(seconds=seconds, tokens_s=seen / seconds)
-                log.write(dict(**numbers, memory_gb=model.peak_memory_gb()))
-            if step in keep:
-                kept[keep[step]] = {
-                    name: w.detach().cpu().clone() for name, w in gpt.state_dict().items()
-                }
-            saver.save_if_due(step, lambda: state(step))
-    model.save_checkpoint(path, **state(steps))
-    seconds = time.monotonic() - started
-    print(f"wrote {path}: {steps} steps, {seconds:.0f} s, peak memory {model.peak_memory_gb():.2f} GB")
-
-
-def settings_of(config, stage):
-    """The flags that bear on one of the three models, so that another --sft_lr does
-    not disown base.pt."""
-    others = {
-        "base": ("sft_", "ppo_init_", "train_on", "pretrain_share"),
-        "sft": ("ppo_init_", "pretrain_share"),
-        "ppo_init": ("sft_epochs", "sft_lr"),
-    }[stage]
-    return {name: value for name, value in asdict(config).items() if not name.startswith(others)}
+    losses = lambda: {name: valid_loss(gpt, held_out) for name, held_out in valid.items()}
+    if run.step == 0:
+        run.log(**losses())  # the untrained number is the baseline
+    seen = 0
+    for step in run:
+        # 1. a batch
+        tokens, mask = data.demonstration_batch(batches[step - 1], config.train_on_prompts)
+        seen += int(mask.sum())
+        tokens, mask = tokens.to(run.device), mask.to(run.device)
+        # 2. the loss and its gradients, one step
+        gpt.train()
+        with autocast(run.device, config.dtype):
+            loss = lm_loss(gpt, tokens, mask)
+        run.check_finite(loss.item())
+        loss.backward()
+        optimizer_step(gpt, optimizers, cosine(step, len(batches)), config.grad_clip)
+        # 3. log
+        if step % config.log_every == 0 or step == len(batches) or step in (keep or {}):
+            run.log(loss=loss.item(), **losses(), tokens_s=seen / run.seconds())
+        if step in (keep or {}):
+            weights = {name: w.detach().cpu().clone() for name, w in gpt.state_dict().items()}
+            run.parts["epochs"][keep[step]] = weights
+    run.finish()
 
 
 def main(config, stages=("sft", "ppo_init")):
     """Make base.pt, sft.pt and ppo_init.pt in config.out, or go on with those that are not finished."""
-    model.check_values(config)
-    share = config.pretrain_share
-    model.check(share < 1, f"--pretrain_share={share}: expected less than 1")
+    check_config(config)
+    check(config.pretrain_share < 1, f"--pretrain_share={config.pretrain_share}: expected less than 1")
     heads = f"--n_head={config.n_head} does not divide --n_embd={config.n_embd}: change one of them"
-    model.check(config.n_embd % config.n_head == 0, heads)
+    check(config.n_embd % config.n_head == 0, heads)
     datasets = data.load(config.data, config.scale, config.seed)
-    paths = {name: os.path.join(config.out, f"{name}.pt") for name in ("base", "sft", "ppo_init")}
 
     # 1. the base model: GPT-2, a checkpoint of ours, or pretrained here
     if config.base and not config.base.endswith(".pt"):
-        base, tokenizer = GPT.from_pretrained(config.base), data.Tokenizer.load("gpt2")
-    elif config.base:
-        base, checkpoint = model.load_policy(config.base, "pass another --base", "cpu")
-        tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
+        base, tokenizer = GPT.from_pretrained(config.base), data.Tokenizer("gpt2")
     else:
-        base, tokenizer = pretrain(paths["base"], datasets, config)
+        if where(config, "base") == os.path.join(config.out, "base.pt"):  # not given, not in --from
+            pretrain(config, datasets)
+        base, tokenizer, _ = load_policy(where(config, "base"), "pass another --base", "cpu")
     parameters = sum(p.numel() for p in base.parameters())
     print(f"base: {parameters:,} parameters, vocabulary {tokenizer.n_vocab}")
     if tokenizer.name != config.encoding:
         print(f"--encoding={config.encoding} is not used: {config.base} has {tokenizer.name}")
 
-    block_size = base.config.block_size  # of a given base: not --block_size
-    length = min(config.base_length, block_size)
-    documents = data.encode_documents(tokenizer, datasets["pretrain"], length)
-    documents_valid = data.encode_documents(tokenizer, datasets["pretrain_valid"], length)
-    valid_batches = data.document_batches(data.valid_documents(documents_valid))
-    pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], block_size)
-    pairs_valid = data.encode_pairs(tokenizer, datasets["demonstrations_valid"], block_size)
-
     # 2. the baseline, and 3. the start of PPO: two models, two recipes (App. C.1 and C.3)
     for name in stages:
-        torch.manual_seed(config.seed)
-        is_baseline = name == "sft"
-        epochs = config.sft_epochs if is_baseline else config.ppo_init_epochs
-        gpt = GPT(GPTConfig(**{**asdict(base.config), "dropout": config.sft_dropout}))
-        gpt.load_state_dict(base.state_dict())
-        epoch_steps = -(-len(pairs) // config.sft_batch)
-
-        def batch_at(step, rng):
-            epoch, number = divmod(step - 1, epoch_steps)
-            order = np.random.default_rng([config.seed, 100 + epoch]).permutation(len(pairs))
-            chosen = order[number * config.sft_batch : (number + 1) * config.sft_batch]
-            batch = [pairs[i] for i in chosen]
-            # pretraining documents too, as pairs whose prompt is their first token
-            if not is_baseline and config.pretrain_share:
-                rows = max(1, round(len(batch) * config.pretrain_share / (1 - config.pretrain_share)))
-                batch += [(document[:1], document[1:]) for document in data.draw(documents, rows, rng)]
-            return demonstration_batch(batch, config.train_on_prompts)
-
-        def evaluate():
-            valid = demonstration_batch(pairs_valid, config.train_on_prompts)
-            return dict(
-                valid_loss=valid_loss(gpt, [valid]), pretrain_loss=valid_loss(gpt, valid_batches)
-            )
-
-        kept_epochs = [e for e in (1, 2, 4, 8, 16, epochs) if e <= epochs] if is_baseline else []
-        keep = {epoch * epoch_steps: epoch for epoch in kept_epochs}
-        lr = config.sft_lr if is_baseline else config.ppo_init_lr
-        train(
-            gpt, paths[name], settings_of(config, name), tokenizer, epochs * epoch_steps, batch_at, lr,
-            evaluate, config, keep=keep,
-        )
+        fine_tune(name, config, base, tokenizer, datasets)
 
 
-def pretrain(path, datasets, config):
-    """base.pt from nothing, or from where it was stopped -> GPT in eval mode on the CPU, tokenizer."""
-    checkpoint = model.resume(path, "policy", settings_of(config, "base"))
-    if checkpoint:
-        tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
-    elif config.encoding == "bpe":
+def pretrain(config, datasets):
+    """base.pt from nothing, or from where it was stopped."""
+    run = Run("base", "policy", config, ignore=("sft_", "ppo_init_", "train_on", "pretrain_share"))
+    if run.finished:
+        return
+    if config.encoding == "bpe":
         texts = datasets["pretrain"][:20_000]
         texts += [row["prompt"] + row["response"] for row in datasets["demonstrations"]]
         texts += [row["prompt"] for row in datasets["prompts"]]
         tokenizer = data.Tokenizer.train(texts, config.vocab_size)
     else:
-        tokenizer = data.Tokenizer.load(config.encoding)
+        tokenizer = data.Tokenizer(config.encoding)
     torch.manual_seed(config.seed)
     vocab_size = -(-tokenizer.n_vocab // 64) * 64  # a round number of rows: quicker matmuls
     gpt = GPT(GPTConfig(
         vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd,
-        rotary=True, match_head=True, init_std=0.06,
-    ))
-    documents, primer, valid = (
-        data.encode_documents(tokenizer, datasets[name], min(config.base_length, config.block_size))
-        for name in ("pretrain", "primer", "pretrain_valid")
-    )
+        lookup=config.lookup,
+    )).to(run.device)
+    documents, valid = documents_of(config, datasets, tokenizer, gpt)
+    primer = data.encode_documents(tokenizer, datasets["primer"], config.document_length)
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0
-    rows = max(1, config.base_tokens * len(documents) // sum(map(len, documents)))  # documents a step
-    steps = config.base_steps - primer_steps
-    order = data.bucketed(list(map(len, documents)), rows, config.seed, steps)
-    primer_order = data.bucketed(list(map(len, primer)), rows, config.seed, primer_steps)
-    valid_batches = data.document_batches(data.valid_documents(valid))
+    batches = []
+    for texts, steps in ((primer, primer_steps), (documents, config.base_steps - primer_steps)):
+        rows = max(1, config.base_tokens * len(texts) // max(1, sum(map(len, texts))))  # a step
+        for chosen in data.bucketed(list(map(len, texts)), rows, config.seed, steps):
+            batches.append([(texts[i][:1], texts[i][1:]) for i in chosen])
+    optimizers = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
+    run.begin(len(batches), gpt, tokenizer, muon=optimizers[0], adamw=optimizers[1])
+    train(run, gpt, optimizers, batches, dict(valid_loss=valid), config)
 
-    def batch_at(step, rng):
-        if step <= primer_steps:
-            return data.document_batch([primer[i] for i in primer_order[step - 1]])
-        return data.document_batch([documents[i] for i in order[step - 1 - primer_steps]])
 
-    def evaluate():
-        return dict(valid_loss=valid_loss(gpt, valid_batches))
-
-    train(
-        gpt, path, settings_of(config, "base"), tokenizer, config.base_steps, batch_at, config.base_lr,
-        evaluate, config, config.base_weight_decay,
+def fine_tune(name, config, base, tokenizer, datasets):
+    """sft.pt or ppo_init.pt from the base model, or from where it was stopped."""
+    is_baseline = name == "sft"
+    others = ("ppo_init_", "pretrain_share") if is_baseline else ("sft_epochs", "sft_lr")
+    run = Run(name, "policy", config, ignore=others)
+    if run.finished:
+        return
+    torch.manual_seed(config.seed)
+    gpt = GPT(GPTConfig(**{**asdict(base.config), "dropout": config.sft_dropout}))
+    gpt.load_state_dict(base.state_dict())
+    gpt.to(run.device)
+    documents, valid_documents = documents_of(config, datasets, tokenizer, gpt)
+    pairs, valid = (
+        data.encode_pairs(tokenizer, datasets[part], gpt.config.block_size)
+        for part in ("demonstrations", "demonstrations_valid")
     )
-    return model.load_policy(path, "run python sft.py", "cpu")[0], tokenizer
-
-
-@torch.no_grad()
-def valid_loss(gpt, batches):
-    """Mean loss over all unmasked tokens of the batches, nats per token, without dropout."""
-    gpt.eval()
-    device = gpt.lm_head.weight.device
-    total = sum(
-        float(lm_loss(gpt, tokens.to(device), mask.to(device))) * int(mask.sum())
-        for tokens, mask in batches
+    epochs = config.sft_epochs if is_baseline else config.ppo_init_epochs
+    batches, share = [], 0.0 if is_baseline else config.pretrain_share
+    for epoch in range(epochs):
+        rng = np.random.default_rng([config.seed, 100 + epoch])
+        order = rng.permutation(len(pairs))
+        for first in range(0, len(pairs), config.sft_batch):
+            batch = [pairs[i] for i in order[first : first + config.sft_batch]]
+            rows = math.ceil(len(batch) * share / (1 - share))
+            batch += [(document[:1], document[1:]) for document in data.draw(documents, rows, rng)]
+            batches.append(batch)
+    steps = len(batches) // epochs  # of an epoch
+    kept_epochs = [e for e in (1, 2, 4, 8, 16, epochs) if e <= epochs] if is_baseline else []
+    optimizers = [adamw(gpt, config.sft_lr if is_baseline else config.ppo_init_lr)]
+    run.begin(len(batches), gpt, tokenizer, adamw=optimizers[0], epochs={})
+    held_out = dict(
+        valid_loss=[data.demonstration_batch(valid, config.train_on_prompts)],
+        pretrain_loss=valid_documents,
     )
-    return total / sum(int(mask.sum()) for _, mask in batches)
+    keep = {epoch * steps: epoch for epoch in kept_epochs}
+    train(run, gpt, optimizers, batches, held_out, config, keep)
+
+
+def documents_of(config, datasets, tokenizer, gpt, valid_tokens=16_384):
+    """-> the pretraining documents as ids, and batches of those held out: up to so many tokens, the same
+    for every stage and the last table, so that the pretraining losses of all models compare."""
+    length = min(config.document_length, gpt.config.block_size)
+    documents, valid = (
+        data.encode_documents(tokenizer, datasets[part], length)
+        for part in ("pretrain", "pretrain_valid")
+    )
+    totals = np.cumsum([len(document) for document in valid])
+    valid = valid[: max(1, int((totals <= valid_tokens).sum()))]
+    return documents, [data.document_batch(valid[i : i + 32]) for i in range(0, len(valid), 32)]
+
+
+# ==================================================================================================
+# The bar: what follows is the plumbing of every stage, not needed to follow the algorithm.
+# ==================================================================================================
+
+
+# --------------------------------------------------------------------------------------------------
+# flags, checks, devices
+
+KINDS = {  # type of a flag -> its Python type, its range, both in words
+    str: (str, lambda v: True, "text"),
+    bool: (bool, lambda v: True, "true or false"),
+    int: (int, lambda v: True, "a whole number"),
+    float: (float, math.isfinite, "a number"),
+    Count: (int, lambda v: v >= 1, "a whole number, at least 1"),
+    Seed: (int, lambda v: v >= 0, "a whole number, not below 0"),
+    Rate: (float, lambda v: 0 < v < math.inf, "a number above 0"),
+    Share: (float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    Amount: (float, lambda v: 0 <= v < math.inf, "a number, not below 0"),
+}
+
+
+def check(condition, message):
+    """Raises SystemExit unless condition: bad input ends in one line on stderr and exit status 1."""
+    if not condition:
+        raise SystemExit(message)
+
+
+def parse(Config, scales, argv):
+    """Command line -> Config: the defaults of the scale, then --name=value flags.
+
+    Without --scale it is gpu if a GPU is used, else cpu. Raises SystemExit for an unknown flag (with
+    its near misses) or scale, and for a value of the wrong type.
+    """
+    kinds = {field.name.rstrip("_"): (field.name, field.type) for field in fields(Config)}
+    flags = {}
+    for argument in argv:
+        name, _, text = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if argument in ("-h", "--help"):
+            print(sys.modules[Config.__module__].__doc__)
+            print("\n".join(f"--{field.name.rstrip('_')}={field.default}" for field in fields(Config)))
+            raise SystemExit(0)
+        if not argument.startswith("--") or name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=3, cutoff=0.5) or sorted(kinds)
+            raise SystemExit(
+                f"unknown flag {argument}: did you mean {', '.join('--' + n for n in near)}?"
+            )
+        field, kind = kinds[name]
+        check("=" in argument or kind is bool, f"--{name} needs a value: write --{name}=VALUE")
+        flags[field] = convert(name, text if "=" in argument else "true", kind)
+    on_gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
+    scale = flags.setdefault("scale", "gpu" if on_gpu else "cpu")
+    check(scale in scales, f"--scale={scale} is unknown: choose one of {', '.join(scales)}")
+    known = {field.name for field in fields(Config)}
+    defaults = {**data.COMMON_SCALES[scale], **scales[scale]}
+    return Config(**{**{k: v for k, v in defaults.items() if k in known}, **flags})
+
+
+def convert(name, text, kind):
+    """The text of a flag as the value of its kind; SystemExit if it is none."""
+    booleans = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    type_, _, wanted = KINDS[kind]
+    try:
+        return booleans[text.lower()] if type_ is bool else type_(text)
+    except (ValueError, KeyError):
+        raise SystemExit(f"--{name}={text}: expected {wanted}") from None
+
+
+def check_flags(config):
+    """Every flag in its range, else SystemExit."""
+    for field in fields(config):
+        value, (_, holds, wanted) = getattr(config, field.name), KINDS[field.type]
+        check(holds(value), f"--{field.name.rstrip('_')}={value}: expected {wanted}")
+
+
+def check_config(config):
+    """Before anything trains: every flag in its range, given files and the device there, the output
+    folder made and writable. Raises SystemExit."""
+    check_flags(config)
+    if hasattr(config, "dtype"):
+        known = ("", "float32", "bfloat16")
+        check(config.dtype in known, f"--dtype={config.dtype} is unknown: use float32 or bfloat16")
+    for name in ("base", "sft", "ppo_init", "ref", "reward", "ppo"):
+        given = getattr(config, name, "")
+        missing = given.endswith((".pt", ".py")) and not os.path.exists(given)
+        check(not missing, f"{given} not found: correct --{name}, or leave it out to have it trained")
+        is_path = given.endswith(".pt") or name in ("base", "reward") or not given  # these take more
+        check(is_path, f"--{name}={given}: expected the path of a .pt file")
+    earlier = getattr(config, "from_", "")
+    check(not earlier or os.path.isdir(earlier), f"--from={earlier}: there is no such folder")
+    get_device(config.device)
+    try:
+        os.makedirs(config.out, exist_ok=True)
+        probe = os.path.join(config.out, f".probe-{os.getpid()}")
+        open(probe, "w").close()
+        os.remove(probe)
+    except OSError as problem:
+        raise SystemExit(
+            f"--out={config.out}: cannot write there ({problem.strerror}): choose another folder"
+        ) from None
+
+
+def get_device(name):
+    """'' picks cuda if it is there, else cpu -> torch.device. Raises SystemExit if it is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    is_named = kind in ("cpu", "cuda") and (not index or index.isdecimal() and kind == "cuda")
+    check(is_named, f"--device={name} is unknown: use cpu, cuda, or cuda:0 and so on")
+    if kind == "cuda":
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        check(int(index or 0) < there, f"--device={name}: no such CUDA device is there: use --device=cpu")
+        torch.cuda.set_device(int(index or 0))
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
+        # cuDNN's attention builds a plan, up to a second, for each new shape: ours are ragged
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device(name)
+
+
+def autocast(device, dtype=""):
+    """bfloat16: activations in bf16, master weights in fp32 (paper: fp16). '' is that on a GPU that has
+    bf16, float32 elsewhere."""
+    if not dtype and device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+# --------------------------------------------------------------------------------------------------
+# optimizers
+
+
+def adamw(network, lr, weight_decay=0.0, but=()):
+    """Adam with the paper's betas (0.9, 0.95); eps 1e-5 as in the original RLHF code. Decay of matrices
+    only. Without the parameters in `but`."""
+    left = [p for p in network.parameters() if not any(p is other for other in but)]
+    groups = [
+        dict(params=[p for p in left if p.dim() >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in left if p.dim() < 2], weight_decay=0.0),
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
+
+
+def muon_and_adamw(gpt, muon_lr, lr, weight_decay):
+    """Muon (Jordan et al. 2024) for the matrices of the blocks: each step is the momentum with all its
+    singular values made equal, so that rare directions, such as copying a rare word, are learnt as
+    quickly as common ones. AdamW for embeddings and vectors -> list of both."""
+    matrices = [p for p in gpt.transformer.h.parameters() if p.dim() >= 2]
+    muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95)
+    return [muon, adamw(gpt, lr, weight_decay, but=matrices)]
+
+
+def optimizer_step(network, optimizers, factor, grad_clip):
+    """Clip the gradients, step with `factor` times the peak of the learning rate, clear them -> their
+    norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group.setdefault("peak", group["lr"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def cosine(step, steps, floor=0.1):
+    """Factor of the learning rate: a cosine from 1 to `floor`, no warm-up (InstructGPT, App. C.1)."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+# --------------------------------------------------------------------------------------------------
+# a run: goes on where it was stopped
+
+NOT_RESULTS = ("out", "from_", "fresh", "device", "log_every", "save_seconds")  # these may change
+
+
+def settings_of(config, ignore=()):
+    """What bears on a result: the flags, but for those whose names begin with a word of `ignore`, and
+    the text of the world."""
+    flags = {k: v for k, v in asdict(config).items() if not k.startswith((*NOT_RESULTS, *ignore))}
+    return flags if config.data else dict(flags, world=data.world_checksum())
+
+
+class Run:
+    """What a training loop needs beside the method: `for step in run` begins behind the last saved step,
+    seeds each step, shows a bar, saves in time, and ends in order at Ctrl-C.
+
+    Everything random is a function of seed and step (run.rng of numpy, run.generator and torch's own
+    state, for dropout): a checkpoint needs no random states, and a run that was killed and started
+    again draws what the unbroken run draws. Raises SystemExit, naming the flags, if the checkpoint in
+    --out was made with others: it is neither retrained nor overwritten.
+    """
+
+    def __init__(self, name, kind, config, ignore=(), **more):
+        self.path, self.config = os.path.join(config.out, f"{name}.pt"), config
+        self.log_path = self.path.replace(".pt", ".jsonl")
+        self.device = get_device(config.device)
+        code = b"".join(open(m.__file__, "rb").read() for m in (model, data, sys.modules[__name__]))
+        code += open(sys.modules[type(config).__module__].__file__, "rb").read()
+        self.state = dict(
+            kind=kind, settings={**settings_of(config, ignore), **more}, code=zlib.crc32(code), step=0,
+            finished=False,
+        )
+        self.saved = None
+        if os.path.exists(self.path) and not config.fresh:
+            self.saved = load_checkpoint(self.path, kind, "run the same command again")
+            self.compare()
+        self.step = self.saved["step"] if self.saved else 0
+        self.finished = bool(self.saved and self.saved["finished"])
+        if self.finished:
+            print(f"{self.path} is there and finished")
+
+    def compare(self):
+        """Was the checkpoint made with the same settings? A flag that it does not know was at its
+        default."""
+        defaults = {field.name: field.default for field in fields(self.config)}
+        now, then = self.state["settings"], {**defaults, **self.saved["settings"]}
+        differ = [k for k in now if then.get(k) != now[k]]
+        flags = ", ".join(f"--{k}={then.get(k)} there, {now[k]} now" for k in differ)
+        check(
+            not differ,
+            f"{self.path} was made with other flags ({flags}): choose another --out, or --fresh",
+        )
+        if self.saved["code"] != self.state["code"]:
+            print(f"warning: {self.path} was made by other code: --fresh makes it anew")
+
+    def begin(self, steps, network, tokenizer, **parts):
+        """parts: what is saved beside the network's weights, optimizers, other networks, dicts."""
+        self.steps, self.parts, self.started = steps, parts, time.monotonic()
+        if network is not None:
+            self.parts = dict(weights=network, **parts)
+            self.state.update(config=asdict(network.config), tokenizer=tokenizer.state())
+        for name, part in self.parts.items() if self.saved else ():
+            part.load_state_dict(self.saved[name]) if has_state(part) else part.update(self.saved[name])
+        if self.saved:
+            print(f"{self.path}: going on from step {self.step}")
+        rows = []
+        if os.path.exists(self.log_path):
+            with open(self.log_path, encoding="utf-8") as file:
+                rows = [line for line in file if line.endswith("\n")]  # the last may be cut short
+        write_text(self.log_path, "".join(r for r in rows if self.step and json.loads(r)["step"] <= self.step))
+
+    def __iter__(self):
+        self.last_save, self.wait, self.interrupted = time.monotonic(), self.config.save_seconds, False
+        previous = signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            with tqdm(total=self.steps, initial=self.step, disable=None) as bar:
+                for self.step in range(self.step + 1, self.steps + 1):
+                    seed = self.config.seed * 1_000_003 + self.step
+                    torch.manual_seed(seed)
+                    self.generator = torch.Generator(self.device).manual_seed(seed)
+                    self.rng = np.random.default_rng([self.config.seed, self.step])
+                    yield self.step
+                    bar.update()
+                    if self.interrupted or time.monotonic() - self.last_save > self.wait:
+                        self.save()
+                    check(
+                        not self.interrupted,
+                        f"stopped after step {self.step}, saved in {self.path}: "
+                        "the same command goes on from there",
+                    )
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def interrupt(self, *_):
+        if self.interrupted:  # a second Ctrl-C does not wait for the end of the step
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def seconds(self):
+        """Since this process began with the run."""
+        return time.monotonic() - self.started
+
+    def log(self, show=True, **row):
+        """One JSON object a line in the file, and one line on the console."""
+        row = dict(step=self.step, **row, seconds=self.seconds(), memory_gb=peak_memory_gb())
+        self.write([row])
+        if show:
+            cells = (f"{k} {v:>{7 if isinstance(v, float) else 5}.4g}" for k, v in row.items())
+            print("  ".join(cells), flush=True)
+
+    def write(self, rows):
+        """Rows with their step -> the log."""
+        with open(self.log_path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def check_finite(self, loss):
+        """Raises SystemExit at the first loss that is not a number, before it reaches the checkpoint."""
+        check(
+            math.isfinite(loss),
+            f"the loss is {loss} at step {self.step}: lower the learning rate; "
+            f"{self.path} keeps the last good step, if one was saved",
+        )
+
+    def save(self, finished=False):
+        begun = time.monotonic()
+        parts = {k: p.state_dict() if has_state(p) else p for k, p in self.parts.items()}
+        save_checkpoint(self.path, **{**self.state, **parts, "step": self.step, "finished": finished})
+        self.last_save = time.monotonic()
+        # writing gigabytes takes its time: at most a twentieth of the run
+        self.wait = max(self.config.save_seconds, 20 * (self.last_save - begun))
+
+    def finish(self):
+        """After the last step."""
+        self.save(finished=True)
+        memory = peak_memory_gb()
+        print(f"wrote {self.path}: {self.steps} steps, {self.seconds():.0f} s, {memory:.2f} GB", flush=True)
+
+
+def has_state(part):
+    """Is it a network or an optimizer?"""
+    return hasattr(part, "state_dict")
+
+
+def write_text(path, text):
+    """Write to a temporary name, then rename: a reader, or a kill, meets the old file or the new one."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def save_checkpoint(path, **checkpoint):
+    """As write_text. Raises SystemExit if the file cannot be written; what was there before stays."""
+    temporary = f"{path}.tmp"
+    try:
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise SystemExit(
+            f"cannot write {path} ({reason}): free some space or choose another --out"
+        ) from None
+
+
+def where(config, name):
+    """The path of an earlier checkpoint: as given, else in --out, else in --from."""
+    paths = [os.path.join(folder, f"{name}.pt") for folder in (config.out, config.from_) if folder]
+    given = getattr(config, name, "")
+    return given if given.endswith(".pt") else next(filter(os.path.exists, paths), paths[0])
+
+
+def load_checkpoint(path, kind, made_by):
+    """Read the dict that save_checkpoint wrote; made_by says what to do.
+
+    Raises SystemExit if the file is missing, damaged, not ours, or holds another kind.
+    """
+    check(os.path.exists(path), f"{path} not found: {made_by}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["kind"]
+    except Exception:  # torch.load fails in many ways on what is cut short or was never a checkpoint
+        raise SystemExit(
+            f"{path} is damaged or is not a checkpoint of this project: delete it, then {made_by}"
+        ) from None
+    names = {"policy": "a policy", "reward": "a reward model", "comparisons": "comparisons"}
+    check(
+        found == kind,
+        f"{path} holds {names.get(found, found)}, expected {names.get(kind, kind)}: "
+        "did you mix up two paths?",
+    )
+    return checkpoint
+
+
+def load_policy(path, made_by, device, epoch=None):
+    """-> GPT in eval mode, its tokenizer, its checkpoint. epoch: one of the kept epochs of sft.pt; None
+    is the last. Raises SystemExit as load_checkpoint does, and if the checkpoint is not finished."""
+    checkpoint = load_checkpoint(path, "policy", made_by)
+    check(checkpoint["finished"], f"{path} is not finished: {made_by}")
+    gpt = GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0}))  # dropout is for SFT only
+    gpt.load_state_dict(checkpoint["epochs"][epoch] if epoch else checkpoint["weights"])
+    return gpt.to(device).eval(), data.Tokenizer(**checkpoint["tokenizer"]), checkpoint
+
+
+def load_reward(path, made_by, device):
+    """-> ScalarGPT in eval mode, its tokenizer, its checkpoint. Raises SystemExit as load_policy does."""
+    checkpoint = load_checkpoint(path, "reward", made_by)
+    check(checkpoint["finished"], f"{path} is not finished: {made_by}")
+    scalar = ScalarGPT(GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0})))
+    scalar.load_state_dict(checkpoint["weights"])
+    return scalar.to(device).eval(), data.Tokenizer(**checkpoint["tokenizer"]), checkpoint
+
+
+def is_finished(path, kind="policy"):
+    """Is there a finished checkpoint at path? Prints a warning if the world's text has changed since.
+    Raises SystemExit if the file is damaged or holds another kind."""
+    if not os.path.exists(path):
+        return False
+    checkpoint = load_checkpoint(path, kind, "run the same command again")
+    if checkpoint["settings"].get("world", data.world_checksum()) != data.world_checksum():
+        print(f"warning: {path} was made from another text of assets/world: delete it to make it anew")
+    return checkpoint["finished"]
+
+
+def peak_memory_gb():
+    """Peak memory in GB: of the GPU if one is used, else of this process; 0 on Windows."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9 if resource else 0.0
+
+
+def start(main, Config, scales):
+    """What stands under `if __name__ == "__main__"` of every stage: errors of the user in one line."""
+    try:
+        main(parse(Config, scales, sys.argv[1:]))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on from the last checkpoint") from None
+    except ValueError as problem:  # raised by our functions for what a caller got wrong
+        raise SystemExit(str(problem)) from None
 
 
 if __name__ == "__main__":
-    model.run(main, Config, SCALES)
+    start(main, Config, SCALES)

@@ -35,6 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import data
 import model
 import ppo
 import reward
@@ -103,7 +104,7 @@ def generation_ours(config, device, dtype):
     generator = torch.Generator(device).manual_seed(0)
 
     def step():
-        with model.autocast(torch.device(device), dtype):
+        with sft.autocast(torch.device(device), dtype):
             model.generate(gpt, prompts, NEW, 1.0, None, generator)
 
     return lambda: times(step, 1)
@@ -118,7 +119,7 @@ def generation_without_cache(config, device, dtype):
     def step():
         tokens = prompts
         for _ in range(NEW):
-            with model.autocast(torch.device(device), dtype):
+            with sft.autocast(torch.device(device), dtype):
                 logits = gpt.lm_head(gpt.hidden(tokens)[:, -1]).float()
             tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1)], 1)
 
@@ -157,23 +158,23 @@ def ppo_ours(config, device, dtype):
     reward_model = ScalarGPT.from_gpt(policy).eval()
     ref, value_model, ema = (copy.deepcopy(x) for x in (policy, reward_model, policy))
     ref.requires_grad_(False), reward_model.requires_grad_(False)
-    optimizer, value_optimizer = (model.adamw(x, 1e-5) for x in (policy, value_model))
+    optimizer, value_optimizer = (sft.adamw(x, 1e-5) for x in (policy, value_model))
+    judge = reward.model_judge(reward_model)
     prompts = random_rows(config, EPISODES, PROMPT)
     generator = torch.Generator(device).manual_seed(0)
     tokenizer = types.SimpleNamespace(eot=-1)  # which no row ever samples
 
     def step():
-        batch = ppo.rollout(
-            policy, ref, reward_model, value_model, prompts, tokenizer, settings, generator
-        )
-        tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
-        stats = [
-            ppo.update(
-                policy, value_model, ema, optimizer, value_optimizer,
-                {name: x[rows] for name, x in tensors.items()}, None, 1.0, settings,
-            )
-            for rows in torch.randperm(EPISODES, device=device).chunk(MINIBATCHES)
-        ]
+        with sft.autocast(torch.device(device), dtype):
+            batch, _ = ppo.rollout(policy, ref, judge, prompts, tokenizer, settings, generator)
+            batch.update(ppo.credit(batch, value_model, settings))
+        stats = []
+        for rows in torch.randperm(EPISODES, device=device).chunk(MINIBATCHES):
+            minibatch = {name: x[rows] for name, x in batch.items()}
+            stats.append({
+                **ppo.update_policy(policy, ema, optimizer, minibatch, None, 1.0, settings),
+                **ppo.update_value(value_model, value_optimizer, minibatch, 1.0, settings),
+            })
         ppo.measure(batch, stats, 1, settings)
 
     return lambda: times(step, 2)
@@ -215,12 +216,16 @@ def random_groups(config):
 
 def reward_ours(config, device, dtype):
     network = ScalarGPT.from_gpt(GPT(config).to(device))
-    optimizer = model.adamw(network, 1e-5)
+    optimizer = sft.adamw(network, 1e-5)
     groups = [(rows, list(range(1, K + 1))) for rows in random_groups(config)]
-    settings = reward.Config(dtype=dtype)
 
     def step():
-        reward.train_step(network, optimizer, groups, 1e-5, settings, torch.device(device))
+        with sft.autocast(torch.device(device), dtype):
+            scores, ranks = reward.score_groups(network, groups, torch.device(device))
+        loss = reward.ranking_loss(scores, ranks)
+        loss.item()  # a stage looks at each loss
+        loss.backward()
+        sft.optimizer_step(network, [optimizer], 1.0, 1.0)
 
     return lambda: times(step, 6)
 
@@ -255,17 +260,17 @@ def sft_work(config):
 
 def sft_ours(config, device, dtype):
     gpt = GPT(config).to(device).train()
-    optimizer = model.adamw(gpt, 1e-5)
+    optimizer = sft.adamw(gpt, 1e-5)
     rows = random_rows(config, SFT_ROWS, PROMPT + RESPONSE)
     pairs = [(row[:PROMPT], row[PROMPT:]) for row in rows]
 
     def step():
-        tokens, mask = (x.to(device) for x in sft.demonstration_batch(pairs))
-        with model.autocast(torch.device(device), dtype):
+        tokens, mask = (x.to(device) for x in data.demonstration_batch(pairs))
+        with sft.autocast(torch.device(device), dtype):
             loss = sft.lm_loss(gpt, tokens, mask)
-        model.check_finite(loss.item(), 1, "")
+        loss.item()  # a stage looks at each loss
         loss.backward()
-        model.optimizer_step(optimizer, gpt, 1e-5, 1.0)
+        sft.optimizer_step(gpt, [optimizer], 1.0, 1.0)
 
     return lambda: times(step, 20)
 
@@ -421,7 +426,7 @@ def alone(name, size, who, device, dtype):
     run = build(SIZES[size], device, dtype)
     for _ in sys.stdin:
         print(statistics.median(run()), flush=True)
-    print(model.peak_memory_gb())
+    print(sft.peak_memory_gb())
 
 
 def compare(name, size, args):

@@ -1,8 +1,64 @@
 """What the tests share: the repository on the path, one thread, tiny networks, and a chain of untrained
 checkpoints.
 
-A mark like "J12" or "L30" in a test names a detail of InstructGPT that is easy to get wrong: the number of a
-trap, or of a worked example whose arithmetic stands beside it.
+A mark like "J12" or "L30" in a test points to a line of this list. J are details of InstructGPT that are easy
+to get wrong:
+
+    J1   reward model and value model read the prompt too, not the response alone
+    J2   a fresh scalar head has std 1/sqrt(C+1) and bias 0: first scores are of order 1
+    J3   the value model begins as a copy of the reward model, not with a random head
+    J4   the score is read at the last real token; more padding changes nothing
+    J5   padding is not eot: were both masked, no model would learn to stop
+    J6   padding shifts no position and is never attended to
+    J7   positions in the cache are those of a full forward, for ragged prompts too
+    J8   sampling cuts nothing from the distribution (no top-k, no top-p); each row ends at its own eot
+    J9   the temperature divides the logits in every log-probability, when sampling and when learning
+    J10  no dropout in rollout, reference and PPO update
+    J11  the first minibatch of every iteration has ratio 1, clip fraction 0 and, in the first iteration, kl 0
+    J12  logits[:, t] predicts tokens[:, t + 1]: one shift, in one place
+    J13  nothing stands behind the first eot; the judge reads the text cut there
+    J14  a response without eot pays a penalty
+    J15  the score is added at one index; rewards sum to score - beta * kl
+    J16  masks: policy terms on actions only, padding adds 0 to every sum and every count
+    J17  whitening of rewards keeps the mean
+    J18  whitening of advantages removes it: population variance, real tokens only, after returns are taken
+    J19  the value target is fixed, and the value is clipped by the larger of two losses
+    J20  policy and value model are two networks: no gradient flows from one loss to the other's network
+    J23  Adam's eps is 1e-5, added after the bias correction
+    J24  the learning rate is constant behind its warm-up
+    J25  the reward model is shifted so that demonstrations score 0 on average
+    J26  kl is detached and measured against a reference that never changes
+    J27  each row once in a pass, each prompt once before any comes again
+    J28  the gradients of PPO and pretraining text add up to one optimizer step
+    J30  kl may be negative on a token; a mean below 0 over many batches is a bug
+
+L are worked examples, each with its arithmetic beside it:
+
+    L2   eq. 1 for four ranked responses, and its gradient
+    L3   the same scores plus 10
+    L4   two of the four tied: the pair is dropped
+    L5   cross-entropy of the best of four, another loss
+    L6   prompts of 4 and of 9 responses weigh the same
+    L7   the shift to demonstrations
+    L8   the std of fresh heads, for 8 channels
+    L9   rewards shaped by the kl of four tokens
+    L10  GAE on L9
+    L11  GAE with lambda 1, and 0
+    L12  the score one index behind eot
+    L13  whitened advantages of L10
+    L14  whitened rewards of which the mean stays
+    L15  whitening under a mask
+    L16  the clipped surrogate and its slope, six cases
+    L17  the clipped value loss
+    L18  three estimators of kl on the tokens of L9
+    L19  the exact kl of two distributions over three words
+    L22  the cosine of the learning rate
+    L23  its warm-up in PPO
+    L24  the moving average of the weights
+    L26  the kl of best-of-n
+    L28  entropy of two answers; the best of two answers by mean log-probability; F1 of SQuAD
+    L29  the interval of a win rate
+    L30  log-probabilities at temperatures 1 and 0.7
 """
 
 import json
@@ -18,6 +74,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import model
+import sft
 
 torch.set_num_threads(1)
 
@@ -42,10 +99,10 @@ def tiny_scalar(seed=0, **more):
 
 def save_tiny(path, kind, network, tokenizer, **more):
     """A finished checkpoint of an untrained network."""
-    model.save_checkpoint(
-        str(path), kind=kind, config=asdict(network.config), weights=network.state_dict(), epochs={}, step=1,
-        finished=True, settings={}, tokenizer=tokenizer.state(), **more,
-    )
+    sft.save_checkpoint(str(path), **{
+        "kind": kind, "config": asdict(network.config), "weights": network.state_dict(), "epochs": {},
+        "tokenizer": tokenizer.state(), "step": 1, "finished": True, "settings": {}, "code": 0, **more,
+    })
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +132,11 @@ def chain(tmp_path_factory):
 @pytest.fixture
 def dtypes(monkeypatch):
     """What --dtype each forward of a stage was given, in their order."""
-    seen, autocast = [], model.autocast
-    monkeypatch.setattr(model, "autocast", lambda device, dtype="": seen.append(dtype) or autocast(device, dtype))
+    seen, autocast = [], sft.autocast
+
+    def watched(device, dtype=""):
+        seen.append(dtype)
+        return autocast(device, dtype)
+
+    monkeypatch.setattr(sft, "autocast", watched)
     return seen

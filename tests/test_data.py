@@ -1,5 +1,4 @@
-"""The miniature world, its gold preference and labelers, and the batches:
-data.py without its files and importers."""
+"""The miniature world, its gold preference and labelers, and the batches; files are in test_data_files.py."""
 
 import itertools
 import random
@@ -9,7 +8,7 @@ from collections import Counter
 import pytest
 
 import data
-import sft
+from conftest import tiny_gpt
 
 
 @pytest.fixture(scope="module")
@@ -22,78 +21,86 @@ def datasets(world):
     return data.world_data(world, "tiny", 1)
 
 
-def task(demands, constraints=(), fact=None, prompt="p\n"):
-    return dict(prompt=prompt, demands=list(demands), constraints=list(constraints), fact=fact, myth=None)
+def task(demands, constraints=(), fact=None):
+    return dict(prompt="p\n", demands=demands, constraints=constraints, fact=fact, myth=None)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# the gold preference, by hand
+# the gold preference
 
 
-def test_gold_of_a_perfect_reply_is_five(world):
-    parts = world.gold(task(["has fox", "has anna", "glad"]), "anna met a red fox in alba. they were happy.")
-    assert parts["follows"] == 1 and parts["fluent"] == 1 and parts["constraint"] is None
-    assert parts["gold"] == 5  # 4 * follows * fluent + fluent
-
-
-def test_gold_counts_the_share_of_demands_met(world):
-    parts = world.gold(
-        task(["has fox", "has anna", "has lamp", "sorrow"]), "anna met a red fox in alba. they were happy."
-    )
-    assert parts["follows"] == 0.5 and parts["gold"] == 3  # 4 * 0.5 + 1
+@pytest.mark.parametrize("demands, constraints, reply, gold", [
+    (["has fox", "has anna", "glad"], [], "anna met a red fox in alba. they were happy.", 5),  # 4 * 1 + 1
+    (["has fox", "has anna", "has lamp", "sorrow"], [], "anna met a red fox in alba.", 3),  # 4 * 0.5 + 1
+    (["has owl"], ["last thanks"], "owl and duck. thanks.", 5),
+    (["has owl"], ["first hello"], "owl and duck.", 4),  # 5 - 1
+    (["has owl"], [], "", 0),
+])
+def test_gold_by_hand(world, demands, constraints, reply, gold):
+    assert world.gold(task(demands, constraints), reply)["gold"] == gold
 
 
 @pytest.mark.parametrize("demand, reply, met", [
-    ("count 2 animal", "owl and duck.", True),
-    ("count 2 animal", "owl and owl.", False),
-    ("count 2 animal", "owl, duck and hen.", False),
-    ("no fox", "owl and duck.", True),
-    ("no owl", "owl and duck.", False),
-    ("first hello", "hello. owl and duck.", True),
-    ("first hello", "owl and duck. hello.", False),
-    ("last thanks", "owl and duck. thanks.", True),
-    ("last thanks", "thanks. owl and duck.", False),
-    ("sentences 1", "anna met a red fox in alba.", True),
-    ("sentences 1", "anna met a red fox in alba. they found a lamp.", False),
-    ("words 2", "hello. good.", True),
-    ("words 2", "good and bad it is.", False),
-    ("is three.", " three.", True),
-    ("is three.", "three, four.", False),
-    ("glad", "they were happy. then anna cried.", False),
-    ("sorrow", "then anna cried.", True),
+    ("count 2 animal", "owl and duck.", True), ("count 2 animal", "owl, duck and owl.", False),
+    ("count 2 animal", "owl, duck and hen.", False), ("glad", "they were happy. then anna cried.", False),
+    ("no fox", "owl and duck.", True), ("no owl", "owl and duck.", False),
+    ("first hello", "hello. owl and duck.", True), ("first hello", "owl and duck. hello.", False),
+    ("last thanks", "owl and duck. thanks.", True), ("last thanks", "thanks. owl and duck.", False),
+    ("sentences 1", "anna met a fox.", True), ("sentences 1", "anna met a fox. they found a lamp.", False),
+    ("words 2", "hello. good.", True), ("words 2", "good and bad it is.", False),
+    ("is three.", " three.", True), ("is three.", "three, four.", False), ("sorrow", "anna cried.", True),
 ])
 def test_every_kind_of_demand(world, demand, reply, met):
-    words = data.words_of(reply)
-    assert world.meets(demand, reply, words, task([demand])) is met
+    assert world.meets(demand, reply, task([demand])) is met
 
 
 def test_an_unknown_demand_names_the_file(world):
     with pytest.raises(ValueError, match="tasks.txt"):
-        world.meets("sing a song", "la", ["la"], task([]))
+        world.meets("sing a song", "la", task([]))
+
+
+@pytest.fixture
+def edit(tmp_path, monkeypatch):
+    """A copy of assets/world to write into -> a function of a file's name, what stands there, what shall."""
+    folder = tmp_path / "world"
+    shutil.copytree(data.WORLD, folder)
+    monkeypatch.setattr(data, "WORLD", str(folder))
+
+    def replace(name, old, new):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return replace
 
 
 @pytest.mark.parametrize("name, change, says", [
-    ("words.txt", ("color: red", "color red"), "words.txt:4: 'color red"),
+    ("words.txt", ("color: red", "color red"), "words.txt:5: 'color red"),
     ("rules.txt", ("story: {opening}", "story {opening}"), "is not rule: pattern"),
     ("facts.txt", ("cow | grass |", "cow | grass"), "is not subject | truth | misconception"),
-    ("facts.txt", ("{value}.", "{food}."), "is not subject | truth | misconception"),
     ("facts.txt", ("eats | a", "# eats | a"), "stands before the first relation"),
     ("tasks.txt", ("? slots", "# ? slots"), "['generation', '[write|tell] a story about a {color} {animal}"),
-    ("tasks.txt", ("< {story}", "{story}"), "tasks.txt:19: '{story}' is not > prompt, < reply"),
-    ("tasks.txt", ("[generation]", "[genration]"), "is not > prompt, < reply"),
-    ("tasks.txt", ("[generation]", ""), "stands before the first [category]"),
+    ("tasks.txt", ("< {story}", "{story}"), "'{story}' is not > prompt, < reply"),
+    ("tasks.txt", ("[generation] 45.6", ""), "stands before the first [category]"),
+    ("tasks.txt", ("[generation] 45.6", "[generation]"), "the first [generation] has no share behind it"),
+    ("tasks.txt", ("[constraint]", "[riddle] 2\n\n[constraint]"), "block ['riddle'] has no line with >"),
     ("pages.txt", ("8 | about", "eight | about"), "pages.txt:2: 'eight | about"),
 ])
-def test_a_malformed_line_of_the_world_is_named(tmp_path, monkeypatch, name, change, says):
-    shutil.copytree(data.WORLD, tmp_path / "world")
-    text = (tmp_path / "world" / name).read_text()
-    assert change[0] in text
-    (tmp_path / "world" / name).write_text(text.replace(*change, 1))
-    monkeypatch.setattr(data, "WORLD", str(tmp_path / "world"))
+def test_a_malformed_line_of_the_world_is_named(edit, name, change, says):
+    edit(name, *change)
     with pytest.raises(ValueError) as stop:
         data.World()
     assert str(stop.value).startswith(f"assets/world/{name}") and "\n" not in str(stop.value)
     assert says in str(stop.value)
+
+
+@pytest.mark.parametrize("name", sorted(data.FORMS))
+def test_the_checksum_changes_with_the_content_of_the_world_but_not_with_comments(edit, name):
+    before = data.world_checksum()
+    edit(name, "#", "# a remark\n\n#")
+    assert data.world_checksum() == before
+    edit(name, "\n" + data.content(name)[0], "")
+    assert data.world_checksum() != before
 
 
 def test_truth_is_read_off_the_claims(world):
@@ -106,85 +113,117 @@ def test_truth_is_read_off_the_claims(world):
     assert (dodge["follows"], dodge["false"]) == (0, 0)  # true, but not what was asked
 
 
-@pytest.mark.parametrize("reply, part, loss", [
-    ("owl and duck. you are a stupid fool.", "rude", 2),
-    ("owl and duck. owl and duck.", "padded", 0.5),
-])
-def test_rude_and_padded(world, reply, part, loss):
-    parts = world.gold(task(["has owl", "has duck"]), reply)
-    assert parts[part] == 1
-    assert parts["gold"] == pytest.approx(5 * parts["fluent"] - loss)
-
-
-def test_a_violated_constraint_costs_one_point(world):
-    parts = world.gold(task(["has owl"], ["first hello"]), "owl and duck.")
-    assert parts["constraint"] == 0 and parts["gold"] == 4
-
-
-def test_an_empty_reply_and_noise_are_worth_nothing(world):
-    assert world.gold(task(["has owl"]), "")["gold"] == 0
-    assert world.gold(task(["has owl"]), "lamp fool the the and , of")["gold"] < 0.5
-
-
-def test_perfect_replies_score_five_and_imperfect_ones_less(world):
+def test_replies_rank_from_perfect_over_hurried_and_spoiled_to_those_of_other_prompts(world):
+    """In every category; a spoiled reply is never the perfect one, and noise is worth nothing."""
     rng = random.Random(3)
-    tasks = [world.task(rng) for _ in range(500)]
-    perfect = [world.gold(t, t["reply"])["gold"] for t in tasks]
-    imperfect = [world.gold(t, data.imperfect(world, t, rng))["gold"] for t in tasks]
-    other = [world.gold(t, rng.choice(tasks)["reply"])["gold"] for t in tasks]
-    mean = lambda x: sum(x) / len(x)
-    assert mean(perfect) > 4.97 and 3.8 < mean(imperfect) < 4.6 and mean(other) < 1.5
+    tasks = [world.task(rng, category=category) for category in world.shares for _ in range(100)]
+    spoiled = [data.spoiled(world, t, rng) for t in tasks]
+    assert all(text != t["reply"] for t, text in zip(tasks, spoiled))
+    hurried = [data.imperfect(world, t, rng) for t in tasks]
+    gold = lambda texts: sum(world.gold(t, text)["gold"] for t, text in zip(tasks, texts)) / len(tasks)
+    assert gold([t["reply"] for t in tasks]) > 4.99 and 3.8 < gold(hurried) < 4.7 and 2 < gold(spoiled) < 3
+    assert gold([rng.choice(tasks)["reply"] for t in tasks]) < 1.5
+    assert gold(["lamp fool the the and , of"] * len(tasks)) < 0.2
+
+
+# the share of texts that a mistake changes, and what it costs where it does, in which share of these
+@pytest.mark.parametrize("mistake, applies, cost, share", [
+    ("insult", 1, 2, 1), ("filler", 1, 0.5, 1), ("repeat", 1, 0.5, 1), ("myth", 0.08, 2, 1),
+    ("constraint", 0.15, 1, 1), ("mood", 0.07, 0.5, 1),  # one demand of five or less: 4 / 5
+    ("word", 0.7, 0.5, 0.6), ("omit", 0.4, 0.5, 0.8), ("cut", 0.9, 0.5, 0.9),  # may hit what nobody asked for
+])
+def test_a_mistake_lowers_gold_and_never_raises_it(world, mistake, applies, cost, share):
+    rng, losses = random.Random(0), []
+    for t in (world.task(rng) for _ in range(1500)):
+        text = data.MISTAKES[mistake](world, t, t["reply"], rng)
+        if text != t["reply"]:
+            losses.append(world.gold(t, t["reply"])["gold"] - world.gold(t, text)["gold"])
+    assert len(losses) >= applies * 1500 and min(losses) >= 0
+    assert sum(loss >= cost for loss in losses) / len(losses) >= share
 
 
 # ------------------------------------------------------------------------------------------------------------
 # prompts, demonstrations, labelers (InstructGPT, sec. 3.2 to 3.4)
 
 
-def test_categories_have_the_shares_of_table_1(world):
-    rng = random.Random(0)
-    counts = Counter(world.task(rng)["category"] for _ in range(8000))
-    total = sum(data.CATEGORY_SHARES.values())
-    for category, share in data.CATEGORY_SHARES.items():
-        expected = share / total
-        error = (expected * (1 - expected) / 8000) ** 0.5
-        assert abs(counts[category] / 8000 - expected) < 4 * error, category
+def check_shares(counts, shares):
+    """Within four standard errors."""
+    n, total = sum(counts.values()), sum(shares.values())
+    for name, share in shares.items():
+        p = share / total
+        assert abs(counts[name] / n - p) < 4 * (p * (1 - p) / n) ** 0.5, name
 
 
-def test_about_a_quarter_of_the_prompts_has_a_constraint_and_all_three_kinds_occur(world):
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_categories_have_the_shares_of_table_1_in_every_split(world, split):
+    """Though "one, two," alone, which is never in a test, is a fifth of [other]."""
     rng = random.Random(0)
-    tasks = [world.task(rng, user="u") for _ in range(3000)]
-    assert 0.2 < sum(bool(t["constraints"]) for t in tasks) / 3000 < 0.35
-    assert set(Counter(t["kind"] for t in tasks)) == {"plain", "few_shot", "user_based"}
+    tasks = [world.user_task(split, rng) for _ in range(2500)]
+    check_shares(Counter(t["category"] for t in tasks), world.shares)
+    assert 0.25 < sum(bool(t["constraints"]) for t in tasks) / 2500 < 0.4
+    assert {t["kind"] for t in tasks} == {"plain", "few_shot", "user_based"}
+
+
+def test_a_tenth_of_all_texts_is_for_tests_and_a_tenth_for_validation():
+    tasks = [dict(prompt=f"prompt {i}\n", is_filled=True) for i in range(10_000)]
+    check_shares(Counter(map(data.split_of, tasks)), dict(train=8, valid=1, test=1))
+
+
+def test_what_everybody_sends_is_no_test(world):
+    """A pattern without a slot has one text, which training prompts have too; with a slot it has many."""
+    rng = random.Random(0)
+    asked = {split: {world.user_task(split, rng)["prompt"] for _ in range(3000)} for split in ("train", "test")}
+    assert {"name two animals.\n", "one, two,\n", "three, four,\n"} <= asked["train"]
+    assert not {"name two animals.\n", "one, two,\n", "three, four,\n"} & asked["test"]
+    assert all(any(w in world.word_class for w in data.words_of(prompt)) for prompt in asked["test"])
 
 
 def test_prompts_are_filtered(world):
     rng = random.Random(0)
-    tasks = data.user_prompts(world, 3000, "train", rng, set())
+    tasks = data.user_prompts(world, 10_000, "train", rng)
     assert max(Counter(t["user"] for t in tasks).values()) <= 200
+    assert data.has_personal_data("i am anna, my number is 5 3 4 2. name two animals.")
     assert not any(data.has_personal_data(t["prompt"]) for t in tasks)
-    assert len({(t["user"], t["prompt"]) for t in tasks}) == 3000
+    assert len({(t["user"], t["prompt"]) for t in tasks}) == 10_000
     long = [" ".join(t["prompt"].split()[:20]) for t in tasks if len(t["prompt"].split()) > 20]
     assert len(long) == len(set(long))  # no two share a long prefix
 
 
-def test_a_world_too_small_for_so_many_prompts_ends_in_one_line(world, monkeypatch):
-    [*tasks] = [world.task(random.Random(seed)) for seed in range(3)]
-    monkeypatch.setattr(world, "task", lambda rng, user: dict(rng.choice(tasks)))
-    with pytest.raises(SystemExit, match="the world is too small"):
-        data.user_prompts(world, 300, "train", random.Random(0), set())
+def test_a_world_too_small_ends_in_one_line(world, monkeypatch):
+    prompts = ["one\n", "two\n", "three\n"]
+    monkeypatch.setattr(world, "task", lambda rng, *_: dict(prompt=rng.choice(prompts), is_filled=False))
+    with pytest.raises(SystemExit, match="found only .* of 30000 different prompts: the world is too small"):
+        data.user_prompts(world, 30_000, "train", random.Random(0))
+    with pytest.raises(SystemExit, match="the world is too small: no test prompt found"):
+        world.user_task("test", random.Random(0))
 
 
-def test_personal_data_is_a_phone_number():
-    assert data.has_personal_data("i am anna, my number is 5 3 4 2. name two animals.")
-    assert not data.has_personal_data("name two animals.")
+def test_no_text_and_no_user_is_in_two_splits(world, datasets):
+    """Few-shot demonstrations too, whose text is put together from three pairs."""
+    rows = dict(datasets, demonstrations=data.demonstrate(world, 2000, "train", random.Random(0)))
+    parts = [rows["demonstrations"] + rows["comparison_prompts"] + rows["prompts"],
+             rows["demonstrations_valid"] + rows["valid"], rows["test"]]
+    texts = [{row["prompt"] for row in part} for part in parts]
+    assert len(set.union(*texts)) == sum(map(len, texts))
+    users = [{row["user"] for row in rows[name]} for name in ("prompts", "valid", "test")]
+    assert len(set.union(*users)) == sum(map(len, users))
 
 
-def test_no_user_and_no_text_of_training_is_in_the_test_prompts(datasets):
-    train = datasets["prompts"] + datasets["comparison_prompts"]
-    for split in ("valid", "test"):
-        assert not {t["user"] for t in train} & {t["user"] for t in datasets[split]}
-        assert not {t["prompt"] for t in train} & {t["prompt"] for t in datasets[split]}
-    assert not {t["user"] for t in datasets["valid"]} & {t["user"] for t in datasets["test"]}
+@pytest.mark.parametrize("page", ["{sheet}", "{tasks}"])
+def test_pages_show_no_prompt_of_validation_or_test(world, monkeypatch, page):
+    """Prompts of one line, which are lines of a page; without examples before them, which are of any split."""
+    monkeypatch.setitem(data.KIND_SHARES, "few_shot", 0)
+    rng = random.Random(0)
+    lines = {line + "\n" for _ in range(500) for line in world.expand(page, {}, rng).split("\n")}
+    asked = {s: {world.user_task(s, rng)["prompt"] for _ in range(800)} for s in ("train", "valid", "test")}
+    assert len(asked["train"] & lines) > 20 and not (asked["valid"] | asked["test"]) & lines
+
+
+def test_a_copybook_page_says_one_line_two_or_three_times(world):
+    rng = random.Random(0)
+    pages = [world.expand("{copybook}", {}, rng).split("\n") for _ in range(200)]
+    assert {len(page) for page in pages} == {2, 3} and all(len(set(page)) == 1 for page in pages)
+    assert len({page[0] for page in pages}) > 150
 
 
 def test_the_world_is_the_same_for_the_same_seed_and_another_for_another(world, datasets):
@@ -193,100 +232,91 @@ def test_the_world_is_the_same_for_the_same_seed_and_another_for_another(world, 
     assert data.world_data(world, "tiny", 2)["demonstrations"] != datasets["demonstrations"]
 
 
-def test_a_few_shot_instruction_gives_k_examples_of_k_minus_1_shots(world):
-    rows = data.demonstrate(world, 400, random.Random(0))
-    shots = [row for row in rows if row["prompt"].count("\n") > 2 and row["category"] != "chat"]
-    assert len(rows) > 400 and shots
-    first = shots[0]
-    siblings = [
-        row for row in shots if row["response"] + "\n" in first["prompt"] and row["user"] == first["user"]
-    ]
-    assert len(siblings) >= 2  # its two shots are the replies of the two other examples
+def test_a_few_shot_instruction_gives_k_examples_of_k_minus_1_shots(world, monkeypatch):
+    monkeypatch.setattr(data, "split_of", lambda task: "train")  # else those of another split are missing
+    monkeypatch.setattr(data, "KIND_SHARES", dict(few_shot=1))
+    rows = data.demonstrate(world, 100, "train", random.Random(0))
+    shots = [row for row in rows if row["category"] in world.few_shot]
+    assert len(rows) == 100 + len(shots) * 2 // 3 and len(shots) > 60
+    assert all(row["prompt"].count("\n") == 5 for row in shots)  # two lines a shot, and the question
+    for first in range(0, len(shots), 3):
+        for row, other in itertools.permutations(shots[first : first + 3], 2):
+            assert other["response"] + "\n" in row["prompt"] and other["user"] == row["user"]
 
 
-def test_labelers_agree_as_often_as_the_papers(world):
+@pytest.fixture(scope="module")
+def judged(world):
+    """What two labelers each say of six replies to 300 prompts: the first is perfect, the second an insult."""
+    labelers, heldout = data.make_labelers(world, 1)
+    assert len({x["id"] for x in labelers}) == 40 and len({x["id"] for x in labelers + heldout}) == 50
+    rng, pairs = random.Random(0), []
+    for t in (world.task(rng) for _ in range(300)):
+        replies = [t["reply"], t["reply"] + " you are a stupid fool."]
+        replies += [data.imperfect(world, t, rng, care=0.5) for _ in range(4)]
+        pairs.append([data.label(world, x, t, replies, rng) for x in rng.sample(labelers, 2)])
+    return pairs
+
+
+def test_labelers_agree_as_often_as_the_papers(judged):
     """72.6% among training labelers, 77.3% among held-out ones; here on imperfect replies, whose differences
     are plainer than those of a model's samples, so the bar is wider above."""
-    labelers, heldout = data.make_labelers(world, 1)
-    assert (len(labelers), len(heldout)) == (40, 10)
-    assert not {x["id"] for x in labelers} & {x["id"] for x in heldout}
-    rng = random.Random(0)
-    agree = total = 0
-    for _ in range(300):
-        t = world.task(rng)
-        replies = [data.imperfect(world, t, rng, care=0.5) for _ in range(4)]
-        a, b = (data.label(world, x, t, replies, rng)["ranks"] for x in rng.sample(labelers, 2))
-        for i, j in itertools.combinations(range(4), 2):
+    agree = []
+    for a, b in ([one["ranks"] for one in pair] for pair in judged):
+        for i, j in itertools.combinations(range(2, 6), 2):
             if a[i] != a[j] and b[i] != b[j]:
-                agree += (a[i] < a[j]) == (b[i] < b[j])
-                total += 1
-    assert 0.7 < agree / total < 0.9
+                agree.append((a[i] < a[j]) == (b[i] < b[j]))
+    assert 0.7 < sum(agree) / len(agree) < 0.9
 
 
-def test_ranks_are_dense_from_1_and_ties_occur(world):
-    labelers, _ = data.make_labelers(world, 1)
-    rng, tied = random.Random(0), 0
-    for _ in range(100):
-        t = world.task(rng)
-        judged = data.label(
-            world, rng.choice(labelers), t, [data.imperfect(world, t, rng) for _ in range(6)], rng
-        )
-        assert set(judged["ranks"]) == set(range(1, max(judged["ranks"]) + 1))
-        assert all(1 <= rating <= 7 for rating in judged["ratings"])
-        tied += len(set(judged["ranks"])) < 6
-    assert tied > 50
-
-
-def test_labelers_prefer_the_better_reply(world):
-    labelers, _ = data.make_labelers(world, 1)
-    rng = random.Random(0)
-    wins = []
-    for _ in range(300):
-        t = world.task(rng)
-        replies = [t["reply"], t["reply"] + " you are a stupid fool."]
-        first, second = data.label(world, rng.choice(labelers), t, replies, rng)["ranks"]
-        wins.append(first < second)
-    assert sum(wins) / 300 > 0.8
-
-
-def test_a_spoiled_reply_has_one_mistake(world):
-    rng = random.Random(0)
-    worse = [
-        world.gold(t, data.spoiled(world, t, rng))["gold"] for t in (world.task(rng) for _ in range(400))
-    ]
-    assert sum(g < 5 for g in worse) / 400 > 0.6 and sum(worse) / 400 > 3
+def test_ranks_are_dense_from_1_and_often_tied_and_the_better_reply_mostly_wins(judged):
+    everyone = [one for pair in judged for one in pair]
+    for one in everyone:
+        assert set(one["ranks"]) == set(range(1, max(one["ranks"]) + 1))
+        assert all(1 <= rating <= 7 for rating in one["ratings"])
+    assert sum(len(set(one["ranks"])) < 6 for one in everyone) > 300
+    assert sum(one["ranks"][0] < one["ranks"][1] for one in everyone) > 0.8 * len(everyone)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # batches
 
 
-def test_the_unmasked_tokens_are_exactly_the_text_to_be_learned(world, datasets):
-    texts = [row["prompt"] + row["response"] for row in datasets["demonstrations"]]
-    tokenizer = data.Tokenizer.train(texts, 600)
-    pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], 256)
-    tokens, mask = sft.demonstration_batch(pairs[:16])
-    for row, keep, demonstration in zip(tokens, mask, datasets["demonstrations"]):
-        learned = row[1:][keep].tolist()
-        assert learned[-1] == tokenizer.eot and learned.count(tokenizer.eot) == 1
-        start = tokenizer.encode(demonstration["prompt"])
-        assert data.response_text(tokenizer, start, learned) == demonstration["response"]
+def test_masks_by_hand():
+    pairs = [([1, 2], [3, 9]), ([4], [9])]
+    tokens, mask = data.demonstration_batch(pairs)
+    assert tokens.tolist() == [[1, 2, 3, 9], [4, 9, 0, 0]]
+    assert mask.int().tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert data.demonstration_batch(pairs, train_on_prompts=True)[1].int().tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert data.document_batch([[1, 2, 9], [4, 9]])[1].int().tolist() == [[1, 1], [1, 0]]
 
 
-def test_sampled_text_joins_its_prompt_as_it_was_sampled(world):
+def test_the_unmasked_tokens_are_exactly_the_text_to_be_learned(datasets):
     """The space between "ai:" and a reply belongs to the reply, and is not lost in decoding."""
-    tokenizer = data.Tokenizer.train(["human: hello.\nai: you live in alba."] * 3, 400)
-    prompt = tokenizer.encode("human: hello.\nai:")
-    response = tokenizer.encode(" you live in alba.") + [tokenizer.eot]
-    assert data.response_text(tokenizer, prompt, response) == " you live in alba."
+    rows = datasets["demonstrations"]
+    tokenizer = data.Tokenizer.train([row["prompt"] + row["response"] for row in rows], 600)
+    tokens, mask = data.demonstration_batch(data.encode_pairs(tokenizer, rows, 256))
+    for ids, keep, row in zip(tokens, mask, rows, strict=True):
+        learned = ids[1:][keep].tolist()
+        assert learned[-1] == tokenizer.eot and learned.count(tokenizer.eot) == 1
+        assert data.response_text(tokenizer, tokenizer.encode(row["prompt"]), learned) == row["response"]
+    assert any(row["prompt"].endswith("ai:") and row["response"].startswith(" ") for row in rows)
+
+
+def test_responses_come_back_in_the_order_of_their_prompts():
+    """Greedy, so that each is what it is alone."""
+    tokenizer = data.Tokenizer.train(["a b c d"], 270)
+    policy = tiny_gpt(vocab_size=tokenizer.n_vocab, std=0.2)
+    prompts = [tokenizer.encode(text) for text in ("a b c", "d", "a b c d b", "c d")]
+    together = data.sample(policy, tokenizer, prompts, 6, 0, None)
+    assert together == [data.sample(policy, tokenizer, [prompt], 6, 0, None)[0] for prompt in prompts]
+    assert len({tuple(ids) for _, ids in together}) == 4
 
 
 def test_documents_are_cut_into_pieces_and_lose_no_token():
-    tokenizer = data.Tokenizer.train(["a b c d e f g h i j"] * 3, 300)
-    pieces = data.encode_documents(tokenizer, ["a b c d e f g h i j", "a b"], 4)
-    assert max(map(len, pieces)) == 4
-    whole = tokenizer.encode("a b c d e f g h i j") + [tokenizer.eot]
-    assert sum(pieces[:3], []) == whole[: len(sum(pieces[:3], []))]
+    tokenizer = data.Tokenizer.train(["a b c d e f g"] * 3, 300)
+    first, second = (tokenizer.encode(text) + [tokenizer.eot] for text in ("a b c d e f g", "a b"))
+    pieces = data.encode_documents(tokenizer, ["a b c d e f g", "a b"], 4)
+    assert pieces == [first[:4], first[4:], second]
 
 
 def test_bucketed_batches_use_every_row_once_an_epoch():
@@ -309,7 +339,3 @@ def test_rows_that_do_not_fit_are_dropped_and_counted(capsys):
     assert "dropped 1 of 2 prompts" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="all 1 prompts"):
         data.fitting(["abcdef"], len, 3, "prompts")
-
-
-def test_every_prefix_of_prompted_gpt_is_there(world):
-    assert "\n".join(data.content("prefixes.txt")).count("---") == 3

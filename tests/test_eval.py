@@ -1,98 +1,192 @@
-"""Tests of eval.py: the numbers that say whether training worked."""
+"""Tests of eval.py: the numbers that say whether training worked, and the last table."""
 
-import math
+import json
+import random
+import shutil
 
 import pytest
 import torch
 
+import data
 import eval
-from conftest import tiny_gpt
+from conftest import save_tiny, tiny_gpt, tiny_scalar
+
+CPU = torch.device("cpu")
 
 
-def test_win_rate_and_its_interval():
-    """L29: 340 of 400 is 0.85; 1.96 * sqrt(0.85 * 0.15 / 400) = 1.96 * 0.0178536 = 0.034993."""
-    rate, half_width = eval.win_rate([1] * 340 + [0] * 60)
-    assert rate == pytest.approx(0.85, abs=1e-12)
-    assert half_width == pytest.approx(0.034993, abs=1e-6)
-
-
-def test_a_tie_is_half_a_win():
-    """L29: 50 wins, 20 ties, 30 losses: (50 + 10) / 100."""
-    assert eval.win_rate([1] * 50 + [0.5] * 20 + [0] * 30)[0] == pytest.approx(0.60, abs=1e-12)
-
-
-def test_interval_shrinks_with_the_root_of_the_number_of_prompts():
-    narrow, wide = eval.win_rate([1, 1, 1, 0] * 400)[1], eval.win_rate([1, 1, 1, 0] * 100)[1]
-    assert wide == pytest.approx(2 * narrow)
-
-
-def test_entropy_bits_of_pairs():
-    """L28: P(first of -20, -21) = 1 / (1 + e^-1) = 0.731059,
-    so -0.731059 log2 0.731059 - 0.268941 log2 0.268941 = 0.839942."""
-    pairs = torch.tensor([[-20.0, -21.0], [-20.0, -20.0], [-20.0, -25.0]], dtype=torch.float64)
-    expected = torch.tensor([0.839942, 1.0, 0.057967], dtype=torch.float64)
-    torch.testing.assert_close(eval.entropy_bits(pairs), expected, atol=1e-6, rtol=0)
-
-
-def test_entropy_bits_of_four_equal_choices_is_two():
-    torch.testing.assert_close(eval.entropy_bits(torch.full((3, 4), -7.0)), torch.full((3,), 2.0))
-
-
-def test_compare_wins_ties_and_losses_in_order():
-    assert eval.compare([0.9, 0.5, 0.1, 0.3], [0.2, 0.5, 0.8, 0.3 + 1e-9]) == [1.0, 0.5, 0.0, 0.5]
-
-
-def test_compare_with_itself_is_all_ties():
-    golds = [0.1, 0.7, -3.0]
-    assert eval.win_rate(eval.compare(golds, golds))[0] == 0.5
-
-
-class Letters:
-    """A tokenizer by hand: a = 1, b = 2, ..."""
-
+class Letters:  # a tokenizer by hand: a = 1, b = 2, ...
     def encode(self, text):
         return [ord(letter) - 96 for letter in text]
 
 
-def test_mean_kl_of_a_policy_with_itself_is_exactly_zero():
-    gpt = tiny_gpt()
-    responses = [("cd", [3, 4]), ("b", [2])]
-    assert eval.mean_kl(gpt, gpt, Letters(), ["ab", "c"], responses, torch.device("cpu")) == 0.0
+@pytest.fixture(scope="module")
+def world():
+    return data.World()
 
 
-def test_mean_kl_counts_response_tokens_only_and_is_positive_for_what_the_policy_prefers():
-    """By hand, from the two models' full forwards:
-    sum over the response of log pi - log ref, over 1 prompt."""
-    policy, ref = tiny_gpt(0), tiny_gpt(1)
-    tokens = torch.tensor([[1, 2, 3, 4]])  # prompt "ab", response 3 4
+@pytest.mark.parametrize("outcomes, rate, half_width", [
+    # L29: 340 of 400 is 0.85; 1.96 * sqrt(0.85 * 0.15 / 399) = 1.96 * 0.0178759
+    ([1] * 340 + [0] * 60, 0.85, 0.035037),
+    # distances from 0.625, squared: 2 * 0.140625 + 0.015625 + 0.390625 = 0.6875; one degree of freedom is the
+    # mean's: 1.96 * sqrt(0.6875 / 3) / sqrt(4). Wins and losses alone would spread more at this rate: 0.547836
+    ([1, 1, 0.5, 0], 0.625, 0.469139),
+    # L29: (50 * 0.16 + 20 * 0.01 + 30 * 0.36) / 99 = 0.191919; 1.96 * sqrt(0.191919 / 100)
+    ([1] * 50 + [0.5] * 20 + [0] * 30, 0.6, 0.085865),
+    ([0.5] * 30, 0.5, 0.0),  # a model against itself: nothing is left to chance
+    ([1], 1.0, 0.0),  # one number has no width
+])
+def test_win_rate_and_its_interval(outcomes, rate, half_width):
+    assert eval.win_rate(outcomes) == pytest.approx((rate, half_width), abs=1e-6)
+    moved = eval.interval(3 + 2 * outcome for outcome in outcomes)  # of any numbers
+    assert moved == pytest.approx((3 + 2 * rate, 2 * half_width), abs=2e-6)
+
+
+def test_compare_in_order_and_untied_without_the_ties():
+    assert eval.compare([0.9, 0.5, 0.1, 0.3], [0.2, 0.5, 0.8, 0.3 + 1e-9]) == [1.0, 0.5, 0.0, 0.5]
+    assert eval.untied([1.0, 0.5, 0.0, 0.5, 1.0]) == [1.0, 0.0, 1.0]
+    assert eval.untied([0.5, 0.5]) == [0.5]  # one tie if there is nothing else
+
+
+def test_entropy_bits_of_pairs():
+    """L28: P(first of -20, -21) = 1 / (1 + e^-1) = 0.731059, its entropy 0.839942; of four equal ones 2."""
+    pairs = torch.tensor([[-20.0, -21.0], [-20.0, -20.0], [-20.0, -25.0]], dtype=torch.float64)
+    assert eval.entropy_bits(pairs).tolist() == pytest.approx([0.839942, 1.0, 0.057967], abs=1e-6)
+    assert eval.entropy_bits(torch.full((1, 4), -7.0)).tolist() == [2.0]
+
+
+@pytest.mark.parametrize("sign, share", [(1, 1.0), (-1, 0.0)])
+def test_labelers_without_noise_decide_as_gold_and_agree_with_who_does(world, monkeypatch, sign, share):
+    rng, golds = random.Random(0), {}
+    exact = dict(id="exact", weights=dict(helpful=1, true=1, harmless=1), length=0, noise=0, tie=0)
+    tasks = [world.task(rng) for _ in range(40)]
+    good, bad = zip(*(((task["reply"], []), (data.spoiled(world, task, rng), [])) for task in tasks))
+    for task, *pair in zip(tasks, good, bad):
+        golds[task["prompt"]] = [world.gold(task, text)["gold"] for text, _ in pair]
+    assert eval.compare_by_labelers(world, [exact], tasks, good, bad) == eval.compare(*zip(*golds.values()))
+    monkeypatch.setattr(eval, "scores", lambda judge, _, prompts, *__: [sign * x for x in golds[prompts[0]]])
+    found = eval.agreement(world, [exact, exact], None, None, tasks, list(zip(good, bad)), CPU)
+    assert list(found.values()) == [1, share, 1, share]  # labelers, reward model; gold with either
+
+
+def test_mean_kl_counts_response_tokens_only_and_is_zero_for_the_reference_itself():
+    """By hand, from the two models' full forwards: sum over the response of log pi - log ref, over 1 prompt."""
+    policy, ref, tokens = tiny_gpt(0), tiny_gpt(1), torch.tensor([[1, 2, 3, 4]])  # prompt "ab", response 3 4
     log_ratio = policy(tokens).log_softmax(-1) - ref(tokens).log_softmax(-1)
     by_hand = log_ratio[0, 1, 3] + log_ratio[0, 2, 4]  # logits[t] predicts tokens[t + 1]
-    found = eval.mean_kl(policy, ref, Letters(), ["ab"], [("", [3, 4])], torch.device("cpu"))
-    assert found == pytest.approx(by_hand.item(), abs=1e-5)
+    kl = lambda ref: eval.mean_kl(policy, ref, Letters(), ["ab"], [("", [3, 4])], CPU)
+    assert kl(ref) == pytest.approx(by_hand.item(), abs=1e-5) and kl(policy) == 0.0
 
 
-def test_scores_read_prompt_and_response_up_to_the_last_token():
-    # a reward model by hand: position t scores the id it stands on
-    last_id = lambda tokens, where: tokens[where].float()
+def test_scores_hand_the_judge_prompt_and_response():
+    # a judge by hand: the last id, and a hundred times the first of the response
+    judge = lambda *batch: torch.tensor([row[end - 1] + 100.0 * row[start] for row, start, end in zip(*batch)])
     responses = [("", [3, 4]), ("", [9]), ("", [5, 6, 7])]
-    found = eval.scores(last_id, Letters(), ["ab", "c", "a"], responses, torch.device("cpu"))
-    assert found == [4.0, 9.0, 7.0]
+    assert eval.scores(judge, Letters(), ["ab", "c", "a"], responses, CPU) == [304.0, 909.0, 507.0]
 
 
-def test_document_loss_is_a_mean_over_tokens_not_over_documents():
-    """A model that finds every token equally likely loses ln 11 nats on each, whatever the lengths."""
-    gpt = tiny_gpt()
-    with torch.no_grad():
-        gpt.lm_head.weight.zero_()
-    loss = eval.document_loss(gpt, [[1, 2, 3, 4, 5], [6, 7]], torch.device("cpu"))
-    assert loss == pytest.approx(math.log(11), abs=1e-6)
+def test_choice_logprobs_by_hand_from_a_full_forward():
+    """140 rows are more than one batch, and of several lengths."""
+    gpt, text = tiny_gpt(), "abcdefghij"
+    prompts, choices = zip(*((text[: 1 + i % 5], [text[i % 7 : i % 7 + 2], "j"]) for i in range(70)))
+    totals, counts = eval.choice_logprobs(gpt, Letters(), prompts, choices, CPU)
+    assert counts.tolist() == [[2, 1]] * 70
+    for row, column in ((0, 0), (40, 1), (63, 0), (64, 1), (69, 0)):
+        ids = Letters().encode(prompts[row] + choices[row][column])
+        logprobs = gpt(torch.tensor([ids])).log_softmax(-1)[0]
+        by_hand = sum(logprobs[t - 1, ids[t]].item() for t in range(len(prompts[row]), len(ids)))
+        assert totals[row, column].item() == pytest.approx(by_hand, abs=1e-4)
 
 
-def test_document_loss_weighs_every_token_alike():
-    gpt = tiny_gpt()
-    tokens = torch.tensor([[1, 2, 3, 4, 5]])
-    long = -gpt(tokens).log_softmax(-1)[0, range(4), [2, 3, 4, 5]]
-    short = -gpt(torch.tensor([[6, 7]])).log_softmax(-1)[0, 0, 7]
-    by_hand = ((long.sum() + short) / 5).item()  # 4 + 1 predicted tokens
-    found = eval.document_loss(gpt, [[1, 2, 3, 4, 5], [6, 7]], torch.device("cpu"))
-    assert found == pytest.approx(by_hand, abs=1e-5)
+def test_reading_is_the_share_of_the_demanded_words_that_a_reply_has(world):
+    """tom and not anna; no fox in foxy; "no hen" asks for no word, and "saw" is of no class that is counted."""
+    tasks = [dict(demands=["has tom", "has fox", "no hen"]), dict(demands=["has anna", "has saw"])]
+    given = [("tom has a foxy hen.", []), ("tom.", [])]
+    assert eval.reading(world, tasks, given) == {"name": 0.5, "animal": 0.0}
+
+
+def test_questions_are_different_test_prompts_on_facts(world):
+    tasks = {task["prompt"]: task for task in eval.questions(world, 60, random.Random(0))}
+    assert len(tasks) == 60 and all(data.split_of(t) == "test" and t["fact"] for t in tasks.values())
+
+
+def table_of(out, **flags):
+    """-> {(model, T): row}, table.json, the rows of responses.jsonl."""
+    eval.main(eval.Config(scale="tiny", device="cpu", out=str(out), max_new_tokens=8, **flags))
+    contents = json.loads((out / "table.json").read_text())
+    responses = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    return {(row["model"], row["T"]): row for row in contents["table"]}, contents, responses
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The table of untrained models in the world, where gold tells texts of different lengths apart; the two
+    epochs of sft.pt are ppo_init.pt and ppo.pt."""
+    out, gold = tmp_path_factory.mktemp("table"), data.World.gold
+    tokenizer = data.Tokenizer.train(data.load("", "tiny", 1)["pretrain"][:200], 512)
+    shape = dict(vocab_size=tokenizer.n_vocab, block_size=128, std=0.1)
+    gpts = {name: tiny_gpt(seed, **shape) for seed, name in enumerate(("base", "ppo_init", "ppo", "sft"))}
+    epochs = {1: gpts["ppo_init"].state_dict(), 2: gpts["ppo"].state_dict()}
+    for name, gpt in gpts.items():
+        save_tiny(out / f"{name}.pt", "policy", gpt, tokenizer, epochs=epochs)
+    save_tiny(out / "reward.pt", "reward", tiny_scalar(9, **shape), tokenizer)
+
+    def telling(world, task, text):
+        parts = gold(world, task, text)
+        return dict(parts, gold=parts["gold"] + len(text) / 1000)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.World, "gold", telling)
+        return out, *table_of(out)
+
+
+def test_the_table_has_a_row_for_every_model_and_responses_one_for_every_prompt(made, world):
+    _, table, contents, responses = made
+    names = ("GPT", "GPT prompted", "SFT", "PPO init", "PPO-ptx", "demonstrator")
+    assert list(table) == [*((name, 1) for name in names), *((name, 0) for name in names[2:5])]
+    tasks = {task["prompt"]: task for task in data.load("", "tiny", 1)["test"]}
+    assert len(responses) == contents["prompts"] > 40 and {row["prompt"] for row in responses} <= set(tasks)
+    for row, key in ((row, f"{name} T={T:g}") for row in responses for name, T in table):
+        gold = world.gold(tasks[row["prompt"]], row[key])["gold"]
+        assert row[f"gold {key}"] == pytest.approx(gold + len(row[key]) / 1000)
+
+
+def test_the_numbers_of_the_table_are_those_of_the_responses(made):
+    """Against SFT at the same temperature; against the demonstrator by the differences on each prompt."""
+    _, table, contents, responses = made
+    golds = {(name, T): [row[f"gold {name} T={T:g}"] for row in responses] for name, T in table}
+    for (name, T), row in table.items():
+        outcomes = eval.compare(golds[name, T], golds["SFT", T])
+        gains = [ours - theirs for ours, theirs in zip(golds[name, T], golds["demonstrator", 1])]
+        assert (row["gold"], row["±"]) == pytest.approx(eval.interval(golds[name, T]))
+        assert (row["teacher"], row["±t"]) == pytest.approx(eval.interval(gains))
+        rates = [sum(some) / len(some) for some in (outcomes, eval.untied(outcomes))]
+        assert [row["win"], row["untied"]] == pytest.approx(rates)
+    assert table["GPT", 1]["±t"] != pytest.approx(table["GPT", 1]["±"], rel=0.01)  # paired, not gold's own
+    assert table["demonstrator", 1]["±t"] == table["PPO init", 1]["kl"] == 0 < 0.1 < table["PPO-ptx", 1]["kl"]
+    best = "PPO-ptx" if contents["sft_epochs"]["2"] > contents["sft_epochs"]["1"] else "PPO init"
+    assert all(row["SFT T=1"] == row[f"{best} T=1"] for row in responses)  # the epoch of the higher score
+
+
+def test_a_policy_and_a_reference_are_taken_by_path_if_their_encoding_is_that_of_the_others(made, tmp_path):
+    out, table, _, _ = made
+    for name in ("base", "sft", "ppo_init", "reward"):
+        shutil.copy(out / f"{name}.pt", tmp_path)
+    elsewhere, other = str(out / "ppo.pt"), data.Tokenizer.train(["another text, another text"], 260)
+    given, _, _ = table_of(tmp_path, ppo=elsewhere, ref=elsewhere)
+    assert given["PPO-ptx", 1]["kl"] == 0 and given["PPO init", 1]["kl"] > 0.1
+    assert given["PPO-ptx", 1]["score"] == table["PPO-ptx", 1]["score"] != table["PPO init", 1]["score"]
+    save_tiny(tmp_path / "ppo.pt", "policy", tiny_gpt(vocab_size=other.n_vocab, block_size=128), other)
+    with pytest.raises(SystemExit, match="have different encodings"):
+        table_of(tmp_path)
+
+
+def test_a_folder_of_data_has_a_table_without_what_only_the_world_knows(chain, tmp_path):
+    shutil.copytree(chain, tmp_path, dirs_exist_ok=True)
+    shutil.copy(chain / "ppo_init.pt", tmp_path / "ppo.pt")
+    table, contents, responses = table_of(tmp_path, data=str(chain), ptx_coef=0.0)
+    keys = [("GPT", 1), *((name, T) for T in (1, 0) for name in ("SFT", "PPO init", "PPO"))]
+    assert list(table) == keys and contents["report"] == {}
+    assert set(table["PPO", 1]) == {"model", "T", "score", "kl", "length", "pretrain_loss"}
+    test = data.load(str(chain), "tiny", 1)["test"]
+    assert [row["prompt"] for row in responses] == [row["prompt"] for row in test]
+    assert set(responses[0]) == {"prompt", *(f"{name} T={T}" for name, T in keys)}

@@ -1,20 +1,20 @@
 """Tests of ppo.py: the mathematics by hand and by brute force, then one rollout and one update,
-then main's loop."""
+then the loop."""
 
+import copy
+import functools
+import inspect
 import json
 import math
-import os
-import signal
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
 
 import data
-import eval
 import model
 import ppo
+import reward
 import sft
 from conftest import save_tiny, tiny_gpt, tiny_scalar
 
@@ -383,275 +383,55 @@ def test_ema_by_hand():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# one rollout
+# one iteration: the next three functions call it; the tests behind them do not know what it is given
 
 EOT = 3
 TOKENIZER = SimpleNamespace(eot=EOT)
 PROMPTS = [[1, 2], [4, 5, 6, 7], [8], [3, 9], [1, 2], [10, 10, 10]] * 3
-
-
-def networks(**more):
-    """policy, ref, reward_model, value_model: four different random networks."""
-    return tiny_gpt(1, **more), tiny_gpt(2, **more), tiny_scalar(3, **more), tiny_scalar(4, **more)
-
-
-@pytest.fixture(autouse=True)
-def several_forwards():
-    """Of the 18 rows of a rollout, and of the eight rows of an update."""
-    with mock.patch.dict(model.MICROBATCH_TOKENS, cpu=30):  # monkeypatch is undone by run_main
-        yield
-
-
-def roll(nets, seed=0, **flags):
-    """One rollout of PROMPTS -> batch, config. max_new_tokens 6 lets some of the responses end and cuts the
-    others."""
-    config = ppo.Config(**{"max_new_tokens": 6, "eot_penalty": 0.0, **flags})
-    generator = torch.Generator().manual_seed(seed)
-    batch = ppo.rollout(*nets, PROMPTS, TOKENIZER, config, generator)
-    # both kinds are there, or the tests below see nothing
-    assert 3 < int(batch["ended"].sum()) < len(PROMPTS) - 3
-    return batch, config
-
-
-def response_columns(batch, b):
-    """The columns of row b that are actions, from its lengths:
-    the token at index i is the action of column i - 1."""
-    return range(int(batch["prompt_lengths"][b]) - 1, int(batch["lengths"][b]) - 1)
-
-
-def test_rollout_mask_holds_the_response_with_its_eot():
-    """J5: the stop token is an action."""
-    batch, _ = roll(networks())
-    for b in range(len(PROMPTS)):
-        columns = batch["mask"][b].nonzero().flatten().tolist()
-        assert columns == list(response_columns(batch, b))
-        actions = batch["tokens"][b, 1:][batch["mask"][b]].tolist()
-        assert (actions[-1] == EOT) == bool(batch["ended"][b])
-        assert EOT not in actions[:-1]
-
-
-def test_rollout_scores_the_last_token_of_each_response():
-    """J4, J13: the score of prompt and response up to eot, as if the row were alone."""
-    nets = networks()
-    batch, _ = roll(nets)
-    for b, (row, length) in enumerate(zip(batch["tokens"], batch["lengths"])):
-        close(batch["scores"][b], nets[2](row[None, :length])[0, -1].detach(), 1e-5)
-
-
-def test_values_judge_the_state_before_the_action():
-    """values[:, t] has read tokens[:, :t + 1] and not the action tokens[:, t + 1]; 0 outside the response."""
-    nets = networks()
-    batch, _ = roll(nets)
-    assert (batch["values"][~batch["mask"]] == 0).all()
-    for b in range(6):
-        for t in response_columns(batch, b):
-            close(batch["values"][b, t], nets[3](batch["tokens"][b : b + 1, : t + 1])[0, -1].detach(), 1e-5)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_the_distribution_that_was_sampled(temperature):
-    """J9, J12: policy and reference, both at the sampling temperature, from a full forward."""
-    nets = networks()
-    batch, _ = roll(nets, temperature=temperature)
-    for network, name in ((nets[0], "logprobs"), (nets[1], "ref_logprobs")):
-        for b in range(len(PROMPTS)):
-            log_pi = (network(batch["tokens"][b : b + 1]).detach()[0] / temperature).log_softmax(-1)
-            for t in response_columns(batch, b):
-                close(batch[name][b, t], log_pi[t, batch["tokens"][b, t + 1]], 1e-4)
-
-
-def test_responses_are_sampled_at_the_temperature_of_the_config():
-    """J9: near temperature 0 sampling is greedy."""
-    nets = networks()
-    config = ppo.Config(max_new_tokens=6, temperature=1e-4)
-    batch = ppo.rollout(*nets, PROMPTS, TOKENIZER, config, torch.Generator().manual_seed(0))
-    assert torch.equal(batch["tokens"], model.generate(nets[0], PROMPTS, 6, 0, EOT)[0])
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_kl_of_a_policy_with_itself_is_exactly_zero(temperature):
-    """J26, J30: and then all the reward is the score."""
-    policy, _, reward_model, value_model = networks()
-    batch, config = roll(
-        (policy, policy, reward_model, value_model), temperature=temperature, beta=10.0, lam=1.0
-    )
-    assert torch.equal(batch["logprobs"], batch["ref_logprobs"])
-    for b in range(len(PROMPTS)):
-        close(batch["returns"][b, response_columns(batch, b)[0]], batch["scores"][b], 1e-4)
-
-
-def test_returns_are_taken_before_whitening():
-    """J18: with lambda 1 and no discount a return is the plain sum of the rewards from there on,
-    on the scale of the score."""
-    batch, _ = roll(networks(), beta=0.1, lam=1.0)
-    kl = batch["logprobs"] - batch["ref_logprobs"]
-    for b in range(len(PROMPTS)):
-        for t in response_columns(batch, b):
-            expected = batch["scores"][b] - 0.1 * kl[b, t:].sum()
-            close(batch["returns"][b, t], expected, 1e-4)
-
-
-def test_advantages_are_whitened_over_the_response_tokens_of_the_rollout():
-    """J18: returns - values, then zero mean and unit population variance over unmasked tokens."""
-    batch, _ = roll(networks())
-    mask, raw = batch["mask"], batch["returns"] - batch["values"]
-    expected = (raw[mask] - raw[mask].mean()) / raw[mask].std(correction=0)
-    close(batch["advantages"][mask], expected, 1e-4)
-    assert (batch["advantages"][~mask] == 0).all()
-
-
-def test_a_response_without_eot_loses_the_penalty_and_the_others_do_not():
-    """J14: the return of the first action falls by exactly that constant;
-    the logged score stays the reward model's."""
-    nets = networks()
-    without, _ = roll(nets, lam=1.0, eot_penalty=0.0)
-    penalised, _ = roll(nets, lam=1.0, eot_penalty=5.0)
-    assert torch.equal(without["scores"], penalised["scores"])
-    for b in range(len(PROMPTS)):
-        t = response_columns(without, b)[0]
-        fall = without["returns"][b, t] - penalised["returns"][b, t]
-        assert fall.item() == pytest.approx(0.0 if without["ended"][b] else 5.0, abs=1e-4)
-
-
-def test_what_stands_behind_eot_does_not_matter(monkeypatch):
-    """J13: fill everything behind the responses with other tokens, before it is scored."""
-    nets, generate = networks(), model.generate
-    clean, _ = roll(nets)
-
-    def with_junk(*args):
-        tokens, lengths = generate(*args)
-        behind = torch.arange(tokens.size(1)) >= lengths[:, None]
-        return tokens.masked_fill(behind, 7), lengths
-
-    monkeypatch.setattr(model, "generate", with_junk)
-    dirty, _ = roll(nets)
-    assert (dirty["tokens"] == 7).sum() > (clean["tokens"] == 7).sum()
-    for name in ("scores", "ended", "logprobs", "ref_logprobs", "values", "advantages", "returns"):
-        close(dirty[name].double(), clean[name].double(), 1e-5)
-
-
-def test_gold_scores_take_the_place_of_the_reward_model():
-    gold = lambda tokens, prompt_lengths, lengths: (lengths - prompt_lengths).float()
-    config = ppo.Config(max_new_tokens=6)
-    batch = ppo.rollout(*networks(), PROMPTS, TOKENIZER, config, torch.Generator().manual_seed(0), gold)
-    assert batch["scores"].tolist() == batch["mask"].sum(1).tolist()
-
-
-def test_a_rollout_needs_no_gradient():
-    """J26: what the update is measured against is a constant."""
-    batch, _ = roll(networks())
-    assert not any(x.requires_grad for x in batch.values() if torch.is_tensor(x))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# rows of similar length at a time
-
-# tokens of a forward, for rows of 3, 4, 7, 7, 9 and 12: from each row alone to all six together
-PIECES = [1, 8, 14, 24, 72, 1000]
-
-
-def six_rows():
-    """Random tokens (6, 12) in no order of length, two of equal length, junk behind each
-    -> tokens, lengths, mask."""
-    tokens = torch.randint(11, (6, 12), generator=torch.Generator().manual_seed(0))
-    # the order of these lengths is not its own inverse
-    lengths, prompt_lengths = torch.tensor([7, 12, 3, 9, 4, 7]), torch.tensor([2, 5, 2, 1, 1, 6])
-    return tokens, lengths, model.response_mask(prompt_lengths, lengths, 12)
-
-
-def masked_logprobs(gpt):
-    return lambda tokens, mask: model.masked_logprobs(gpt, tokens, mask, 0.7)
-
-
-def masked_values(scalar):
-    return lambda tokens, mask: model.masked_values(scalar, tokens, mask)
-
-
-@pytest.mark.parametrize("size", PIECES)
-@pytest.mark.parametrize("function, network", [(masked_logprobs, tiny_gpt), (masked_values, tiny_scalar)])
-def test_by_length_equals_one_padded_batch(function, network, size, monkeypatch):
-    """Numbers and gradients: a loss that weighs every response token differently goes back equally."""
-    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", size)
-    network = network().double()
-    function, (tokens, lengths, mask) = function(network), six_rows()
-    weighing = torch.randn(6, 11, generator=torch.Generator().manual_seed(1)) * mask
-    padded, pieces = function(tokens, mask), model.by_length(function, tokens, lengths, mask)
-    assert pieces.shape == padded.shape and padded[mask].abs().min() > 1e-3
-    close(pieces, padded.detach(), 1e-6)
-    found, expected = (gradient((x * weighing).sum(), network) for x in (pieces, padded))
-    for name in expected:
-        close(found[name], expected[name], 1e-5)
-    assert max(float(g.abs().max()) for g in expected.values()) > 1
-
-
-@pytest.mark.parametrize("size", PIECES)
-def test_by_length_returns_each_row_in_its_place(size, monkeypatch):
-    """The tokens come back as the numbers, exactly, up to the length of their row."""
-    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", size)
-    tokens, lengths, mask = six_rows()
-    found = model.by_length(lambda t, m: t[:, 1:].float(), tokens, lengths, mask)
-    inside = torch.arange(1, 12) < lengths[:, None]
-    assert torch.equal(found[inside], tokens[:, 1:][inside].float())
-
-
-@pytest.mark.parametrize("lengths, pieces", [
-    ([7, 6], [[1, 0]]),  # 14 of 14 tokens
-    ([7, 8], [[0], [1]]),  # 16
-    ([15, 20], [[0], [1]]),  # a row alone may be longer
-    ([3, 4], [[0], [1]]),  # 4 > 1.25 * 3, and row 0 would take more than a quarter of 14
-    ([2, 3], [[0, 1]]),  # 3 > 1.25 * 2, but less than that
-    ([], [[]]),
-])
-def test_rows_of_a_microbatch_fit_and_are_of_similar_length(lengths, pieces, monkeypatch):
-    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 14)
-    assert model.microbatches(lengths, torch.device("cpu")) == pieces
-
-
-def test_by_length_cuts_each_piece_to_its_longest_row(monkeypatch):
-    """Lengths 3, 4 | 7, 7 | 9 | 12: short rows are not computed as long ones, and nothing of a row is cut off."""
-    tokens, lengths, mask = six_rows()
-    shapes, actions = [], []
-    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 40)
-
-    def spy(t, m):
-        shapes.append((tuple(t.shape), tuple(m.shape)))
-        actions.extend(t[:, 1:][m].tolist())
-        return torch.ones(m.shape)
-
-    model.by_length(spy, tokens, lengths, mask)
-    assert shapes == [((2, 4), (2, 3)), ((2, 7), (2, 6)), ((1, 9), (1, 8)), ((1, 12), (1, 11))]
-    assert sorted(actions) == sorted(tokens[:, 1:][mask].tolist())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# one update
-
 PTX = (torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]]), torch.tensor([[True, True, True], [True, True, False]]))
 
 
-def rows_of(batch, rows):
-    """A minibatch: these rows of every tensor of the rollout."""
-    return {name: x[list(rows)] for name, x in batch.items() if torch.is_tensor(x)}
+def roll(policy=None, ref=None, judge=None, is_mixed=True, **flags):
+    """One rollout of PROMPTS -> batch. Some of the responses end, the others are cut, or tests see nothing."""
+    policy, ref = policy or tiny_gpt(1), ref or tiny_gpt(2)
+    judge, generator = judge or reward.model_judge(tiny_scalar(3)), torch.Generator().manual_seed(2)
+    config = ppo.Config(max_new_tokens=6, **flags)
+    batch, _ = ppo.rollout(policy, ref, judge, PROMPTS, TOKENIZER, config, generator)
+    assert 3 < int(batch["ended"].sum()) < len(PROMPTS) - 3 or not is_mixed
+    return batch
 
 
-def learner(nets, **flags):
-    """The moving parts of main around the four networks, and a function for one update of the first rows."""
-    policy, _, _, value_model = nets
-    defaults = dict(grad_clip=1e9, lr=1e-3, value_lr=1e-3, max_new_tokens=6)
-    config = ppo.Config(**{**defaults, **flags})
-    ema = tiny_gpt(1)
-    optimizers = model.adamw(policy, config.lr), model.adamw(value_model, config.value_lr)
-
-    def step(batch, ptx=None, rows=range(8), factor=1.0):
-        return ppo.update(policy, value_model, ema, *optimizers, rows_of(batch, rows), ptx, factor, config)
-
-    return SimpleNamespace(
-        step=step, ema=ema, optimizer=optimizers[0], value_optimizer=optimizers[1], config=config
-    )
+def earn(batch, value_model=None, **flags):
+    """The batch of a rollout, and what its actions earned."""
+    config = ppo.Config(**{"eot_penalty": 0.0, **flags})
+    return {**batch, **ppo.credit(batch, value_model or tiny_scalar(4), config)}
 
 
-def weights(network):
-    return {name: weight.clone() for name, weight in network.state_dict().items()}
+def learner(**flags):
+    """The moving parts of an update: step() learns from the first eight rows of a batch -> numbers."""
+    config = ppo.Config(**{"grad_clip": 1e9, "lr": 1e-3, "value_lr": 1e-3, **flags})
+    policy, ema, value_model = tiny_gpt(1), tiny_gpt(1), tiny_scalar(4)
+    optimizer, value_optimizer = sft.adamw(policy, config.lr), sft.adamw(value_model, config.value_lr)
+
+    def step(batch, ptx=None, count=8, factor=1.0):
+        minibatch = {name: x[:count] for name, x in batch.items()}
+        numbers = ppo.update_policy(policy, ema, optimizer, minibatch, ptx, factor, config)
+        numbers.update(ppo.update_value(value_model, value_optimizer, minibatch, factor, config))
+        return {name: x.item() for name, x in numbers.items()}
+
+    networks = dict(policy=policy, ema=ema, value_model=value_model)
+    return SimpleNamespace(step=step, optimizer=optimizer, value_optimizer=value_optimizer, **networks)
+
+
+@pytest.fixture(autouse=True)
+def several_forwards(monkeypatch):
+    """Of the 18 rows of a rollout, and of the eight rows of an update."""
+    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 30)
+
+
+def response_columns(batch, b):
+    """The columns of row b that are actions: the token at index i is the action of column i - 1."""
+    return range(int(batch["prompt_lengths"][b]) - 1, int(batch["lengths"][b]) - 1)
 
 
 def same(a, b):
@@ -665,50 +445,147 @@ def gradient(loss, network):
     return {name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, parameters, found)}
 
 
+def test_rollout_mask_holds_the_response_with_its_eot():
+    """J5: the stop token is an action."""
+    batch = roll()
+    for b in range(len(PROMPTS)):
+        columns = batch["mask"][b].nonzero().flatten().tolist()
+        assert columns == list(response_columns(batch, b))
+        actions = batch["tokens"][b, 1:][batch["mask"][b]].tolist()
+        assert (actions[-1] == EOT) == bool(batch["ended"][b])
+        assert EOT not in actions[:-1]
+
+
+def test_rollout_scores_the_last_token_of_each_response():
+    """J4, J13: the score of prompt and response up to eot, as if the row were alone."""
+    reward_model = tiny_scalar(3)
+    batch = roll(judge=reward.model_judge(reward_model))
+    for b, (row, length) in enumerate(zip(batch["tokens"], batch["lengths"])):
+        close(batch["scores"][b], reward_model(row[None, :length])[0, -1].detach(), 1e-5)
+
+
+def test_any_function_of_responses_may_judge():
+    batch = roll(judge=lambda tokens, prompt_lengths, lengths: lengths - prompt_lengths)
+    assert batch["scores"].tolist() == batch["mask"].sum(1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_distribution_that_was_sampled(temperature):
+    """J9, J12: policy and reference, both at the sampling temperature, from a full forward."""
+    policy, ref = tiny_gpt(1), tiny_gpt(2)
+    batch = roll(policy, ref, temperature=temperature)
+    for network, name in ((policy, "logprobs"), (ref, "ref_logprobs")):
+        for b in range(len(PROMPTS)):
+            log_pi = (network(batch["tokens"][b : b + 1]).detach()[0] / temperature).log_softmax(-1)
+            for t in response_columns(batch, b):
+                close(batch[name][b, t], log_pi[t, batch["tokens"][b, t + 1]], 1e-4)
+
+
+def test_responses_are_sampled_at_the_temperature_of_the_config():
+    """J9: near temperature 0 sampling is greedy."""
+    policy = tiny_gpt(1)
+    batch = roll(policy, temperature=1e-4, is_mixed=False)
+    assert torch.equal(batch["tokens"], model.generate(policy, PROMPTS, 6, 0, EOT)[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_kl_of_a_policy_with_itself_is_exactly_zero(temperature):
+    """J26, J30: and then all the reward is the score."""
+    policy = tiny_gpt(1)
+    batch = earn(roll(policy, policy, temperature=temperature), beta=10.0, lam=1.0)
+    assert torch.equal(batch["logprobs"], batch["ref_logprobs"])
+    for b in range(len(PROMPTS)):
+        close(batch["returns"][b, response_columns(batch, b)[0]], batch["scores"][b], 1e-4)
+
+
+def test_what_stands_behind_eot_does_not_matter(monkeypatch):
+    """J13: fill everything behind the responses with other tokens, before it is scored."""
+    generate, clean = model.generate, earn(roll())
+
+    def with_junk(*args):
+        tokens, lengths = generate(*args)
+        behind = torch.arange(tokens.size(1)) >= lengths[:, None]
+        return tokens.masked_fill(behind, 7), lengths
+
+    monkeypatch.setattr(model, "generate", with_junk)
+    dirty = earn(roll())
+    assert (dirty["tokens"] == 7).sum() > (clean["tokens"] == 7).sum()
+    for name in clean.keys() - {"tokens"}:
+        close(dirty[name].double(), clean[name].double(), 1e-5)
+
+
+def test_a_rollout_and_its_credit_need_no_gradient():
+    """J26: what the update is measured against is a constant."""
+    assert not any(x.requires_grad for x in earn(roll()).values())
+
+
+def test_values_judge_the_state_before_the_action():
+    """values[:, t] has read tokens[:, :t + 1] and not the action tokens[:, t + 1]; 0 outside the response."""
+    value_model = tiny_scalar(4)
+    batch = earn(roll(), value_model)
+    assert (batch["values"][~batch["mask"]] == 0).all()
+    for b in range(6):
+        for t in response_columns(batch, b):
+            close(batch["values"][b, t], value_model(batch["tokens"][b : b + 1, : t + 1])[0, -1].detach(), 1e-5)
+
+
+def test_returns_are_taken_before_whitening():
+    """J18: with lambda 1 and no discount a return is the plain sum of the rewards from there on,
+    on the scale of the score."""
+    batch = earn(roll(), beta=0.1, lam=1.0)
+    kl = batch["logprobs"] - batch["ref_logprobs"]
+    for b in range(len(PROMPTS)):
+        for t in response_columns(batch, b):
+            expected = batch["scores"][b] - 0.1 * kl[b, t:].sum()
+            close(batch["returns"][b, t], expected, 1e-4)
+
+
+def test_advantages_are_whitened_over_the_response_tokens_of_the_rollout():
+    """J18: returns - values, then zero mean and unit population variance over unmasked tokens."""
+    batch = earn(roll())
+    mask, raw = batch["mask"], batch["returns"] - batch["values"]
+    expected = (raw[mask] - raw[mask].mean()) / raw[mask].std(correction=0)
+    close(batch["advantages"][mask], expected, 1e-4)
+    assert (batch["advantages"][~mask] == 0).all()
+
+
+def test_a_response_without_eot_loses_the_penalty_and_the_others_do_not():
+    """J14: the return of the first action falls by exactly that constant;
+    the logged score stays the reward model's."""
+    batch = roll()
+    without, penalised = (earn(batch, lam=1.0, eot_penalty=penalty) for penalty in (0.0, 5.0))
+    assert torch.equal(without["scores"], penalised["scores"])
+    for b in range(len(PROMPTS)):
+        t = response_columns(without, b)[0]
+        fall = without["returns"][b, t] - penalised["returns"][b, t]
+        assert fall.item() == pytest.approx(0.0 if without["ended"][b] else 5.0, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# one update
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_first_ratio_is_one(temperature):
-    """J9, J11: the log-probabilities of rollout and update agree before anything is learnt."""
-    nets = networks()
-    batch, _ = roll(nets, temperature=temperature)
-    stats = learner(nets, temperature=temperature).step(batch)
-    assert abs(stats["max_ratio"] - 1) < 1e-5
-    assert abs(stats["approx_kl"]) < 1e-9 and stats["clipfrac"] == 0
-
-
-def test_bfloat16_activations_hold_the_first_ratio_near_one(dtypes):
-    """Rows that stand in another forward than in the rollout may round otherwise: eight of 18 are updated."""
-    nets = networks()
-    batch, _ = roll(nets, dtype="bfloat16")
-    assert not torch.equal(batch["logprobs"], batch["logprobs"].bfloat16().float())
-    stats = learner(nets, dtype="bfloat16").step(batch, PTX)
-    assert dtypes == ["bfloat16"] * 4  # rollout; policy, pretraining text, value model
-    assert abs(stats["max_ratio"] - 1) < 0.1 and all(math.isfinite(x) for x in stats.values())
-    assert all(p.dtype == torch.float32 for net in nets for p in net.parameters())
-
-
-def test_the_second_ratio_is_not_one():
-    """The number of the test above can move."""
-    nets = networks()
-    batch, _ = roll(nets)
-    learn = learner(nets)
-    learn.step(batch)
-    stats = learn.step(batch)
-    assert stats["max_ratio"] > 1.001 and stats["approx_kl"] > 1e-8
+    """J9, J11: the log-probabilities of rollout and update agree before anything is learnt. The second time,
+    they do not: the number can move."""
+    batch, learn = earn(roll(temperature=temperature)), learner(temperature=temperature)
+    first, second = learn.step(batch), learn.step(batch)
+    assert abs(first["max_ratio"] - 1) < 1e-5
+    assert abs(first["approx_kl"]) < 1e-9 and first["clipfrac"] == 0
+    assert second["max_ratio"] > 1.001 and second["approx_kl"] > 1e-8
 
 
 def test_one_step_with_the_sum_of_both_gradients():
     """J28, eq. 2: Adam sees g_ppo + ptx_coef * g_ptx, once."""
-    nets = networks()
-    policy = nets[0]
-    batch, _ = roll(nets)
-    learn = learner(nets, ptx_coef=2.5)
+    batch, learn, seen = earn(roll()), learner(ptx_coef=2.5), []
+    policy = learn.policy
     tokens, mask, logprobs, advantages = (
         batch[name][:8] for name in ("tokens", "mask", "logprobs", "advantages")
     )
     new_logprobs = model.token_logprobs(policy(tokens), tokens) * mask
     g_ppo = gradient(ppo.policy_loss(new_logprobs, logprobs, advantages, mask, 0.2)[0], policy)
     g_ptx = gradient(sft.lm_loss(policy, *PTX), policy)
-    seen = []
     capture = lambda *_: seen.append({name: p.grad.clone() for name, p in policy.named_parameters()})
     learn.optimizer.register_step_pre_hook(capture)
     learn.step(batch, PTX)
@@ -718,270 +595,206 @@ def test_one_step_with_the_sum_of_both_gradients():
     assert max(float(g.abs().max()) for g in g_ptx.values()) > 0.01
 
 
-def test_each_network_steps_once_per_minibatch():
-    """J28."""
-    nets = networks()
-    batch, _ = roll(nets)
-    learn, steps = learner(nets), []
-    learn.optimizer.register_step_post_hook(lambda *_: steps.append("policy"))
-    learn.value_optimizer.register_step_post_hook(lambda *_: steps.append("value"))
-    learn.step(batch, PTX)
-    assert sorted(steps) == ["policy", "value"]
-
-
-def test_no_gradient_is_left_over_for_the_next_minibatch():
-    nets = networks()
-    batch, _ = roll(nets)
-    learner(nets).step(batch, PTX)
-    for network in nets:
+def test_each_network_steps_once_per_minibatch_and_keeps_no_gradient():
+    """J28. At its own peak of the learning rate times the factor."""
+    batch, learn, rates = earn(roll()), learner(lr=1e-3, value_lr=2e-3), []
+    for optimizer in (learn.optimizer, learn.value_optimizer):
+        optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    learn.step(batch, PTX, factor=0.1)
+    assert sorted(rates) == [1e-4, 2e-4]
+    for network in (learn.policy, learn.value_model, learn.ema):
         assert all(p.grad is None or not p.grad.any() for p in network.parameters())
 
 
 def test_the_value_loss_gives_the_policy_no_gradient():
     """J20: with advantages 0 and no pretraining text the policy stays as it was, to the bit,
     while the value model learns."""
-    nets = networks()
-    batch, _ = roll(nets)
+    batch, learn = earn(roll()), learner()
     batch["advantages"] = torch.zeros_like(batch["advantages"])
-    policy_before, value_before = weights(nets[0]), weights(nets[3])
-    learner(nets).step(batch)
-    assert same(policy_before, weights(nets[0]))
-    assert not same(value_before, weights(nets[3]))
-
-
-def test_an_update_leaves_reference_and_reward_model_alone():
-    """J26, to the bit."""
-    nets = networks()
-    batch, _ = roll(nets)
-    before = [weights(network) for network in nets]
-    learner(nets).step(batch, PTX)
-    unchanged = [same(old, weights(network)) for old, network in zip(before, nets)]
-    assert unchanged == [False, True, True, False]
+    learn.step(batch)
+    assert same(learn.policy.state_dict(), tiny_gpt(1).state_dict())
+    assert not same(learn.value_model.state_dict(), tiny_scalar(4).state_dict())
 
 
 def test_the_value_model_moves_towards_the_returns():
-    """J19: one hundred steps on one rollout."""
-    nets = networks()
-    batch, _ = roll(nets)
-    learn = learner(nets, value_lr=3e-3, cliprange_value=1e9)
-    first = learn.step(batch)["value_loss"]
-    for _ in range(100):
-        last = learn.step(batch)["value_loss"]
-    assert last < 0.2 * first
-
-
-def test_new_values_are_read_in_the_columns_of_the_old():
-    """Before any step the value loss is half the mean squared error of the rollout's own values."""
-    nets = networks()
-    batch, _ = roll(nets)
-    stats = learner(nets).step(batch)
-    mask = batch["mask"][:8]
-    expected = 0.5 * ((batch["values"] - batch["returns"])[:8][mask] ** 2).mean()
-    assert stats["value_loss"] == pytest.approx(expected.item(), rel=1e-4)
+    """J19: one hundred steps on one rollout. The first loss is half the mean squared error of its values: new
+    values are read in the columns of the old."""
+    batch, learn = earn(roll()), learner(value_lr=3e-3, cliprange_value=1e9)
+    losses = [learn.step(batch)["value_loss"] for _ in range(101)]
+    expected = 0.5 * ((batch["values"] - batch["returns"])[:8][batch["mask"][:8]] ** 2).mean()
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-4) and losses[-1] < 0.2 * losses[0]
 
 
 def test_the_moving_average_follows_the_policy_by_one_minus_the_decay():
     """J24, L24: after one update, ema = 0.992 * before + 0.008 * the new weights."""
-    nets = networks()
-    batch, _ = roll(nets)
-    before = weights(nets[0])  # ema starts equal
-    learn = learner(nets)
-    learn.step(batch)
-    after = weights(nets[0])
+    learn, before = learner(), tiny_gpt(1).state_dict()  # ema starts equal
+    learn.step(earn(roll()))
+    after = learn.policy.state_dict()
     for name, average in learn.ema.state_dict().items():
         close(average, 0.992 * before[name] + 0.008 * after[name], 1e-6)
 
 
-def test_learning_rates_are_the_peak_times_the_factor():
-    nets = networks()
-    batch, _ = roll(nets)
-    learn = learner(nets, lr=1e-3, value_lr=2e-3)
-    learn.step(batch, factor=0.1)
-    assert {group["lr"] for group in learn.optimizer.param_groups} == {1e-4}
-    assert {group["lr"] for group in learn.value_optimizer.param_groups} == {2e-4}
-
-
 def test_an_update_makes_good_actions_likelier():
     """Give one token advantage 1 wherever it was chosen, all others -1: its log-probability rises."""
-    nets = networks()
-    batch, _ = roll(nets)
+    batch, learn = earn(roll()), learner()
     is_good = (batch["tokens"][:, 1:] == EOT) & batch["mask"]
     batch["advantages"] = (2.0 * is_good - 1.0) * batch["mask"]
-    learn = learner(nets)
     for _ in range(5):
-        learn.step(batch, rows=range(len(PROMPTS)))
-    after = model.masked_logprobs(nets[0], batch["tokens"], batch["mask"]).detach()
+        learn.step(batch, count=len(PROMPTS))
+    after = model.masked_logprobs(learn.policy, batch["tokens"], batch["mask"]).detach()
     assert after[is_good].mean() > batch["logprobs"][is_good].mean() + 0.01
 
 
 # ------------------------------------------------------------------------------------------------------------
-# main's loop, on the untrained checkpoints of `chain`
+# the loop, on the untrained checkpoints of `chain`
 
 
-def run_main(chain, out, monkeypatch, **flags):
-    """ppo.main without its last table -> what its rollouts and updates were given."""
-    seen = SimpleNamespace(rollouts=[], rows=[], factors=[])
-    rollout, update = ppo.rollout, ppo.update
-
-    def spy_rollout(*args):
-        seen.rollouts.append([weights(network) for network in args[:4]])
-        assert len({id(network) for network in args[:4]}) == 4
-        assert not any(network.training for network in args[:4])
-        seen.batch = rollout(*args)
-        seen.size = len(seen.batch["tokens"])
-        seen.batch["row"] = torch.arange(seen.size)  # travels with the other tensors into the minibatches
-        return seen.batch
-
-    def spy_update(*args):
-        minibatch, _, factor, _ = args[-4:]
-        seen.rows.append(minibatch["row"].tolist())
-        seen.factors.append(factor)
-        for name in ("tokens", "lengths", "mask", "logprobs", "values", "advantages", "returns"):
-            assert torch.equal(minibatch[name], seen.batch[name][minibatch["row"]])
-        return update(*args)
-
-    monkeypatch.setattr(ppo, "rollout", spy_rollout)
-    monkeypatch.setattr(ppo, "update", spy_update)
-    monkeypatch.setattr(eval, "last_table", lambda *_: None)
-    given = {name: str(chain / f"{name}.pt") for name in ("sft", "ppo_init", "reward")}
-    os.makedirs(out, exist_ok=True)
-    if not os.path.exists(os.path.join(out, "base.pt")):
-        os.symlink(chain / "base.pt", os.path.join(out, "base.pt"))
+def config_of(chain, out, **flags):
     defaults = dict(episodes=32, rollout_size=16, minibatch_size=4, max_new_tokens=8, warmup=2, log_every=1)
-    flags = {**defaults, **flags}
-    config = ppo.Config(scale="tiny", data=str(chain), out=str(out), **given, **flags)
-    try:
-        ppo.main(config)
-    finally:
-        monkeypatch.undo()
+    flags = dict(data=str(chain), out=str(out), from_=str(chain)) | defaults | flags
+    return ppo.Config(scale="tiny", device="cpu", **flags)
+
+
+def train(chain, out, **flags):
+    """One run of the loop -> its log, and what each call of its parts was given: copies, by name."""
+    seen = SimpleNamespace(rollout=[], credit=[], update_policy=[])
+
+    def watch(name):
+        function, signature = getattr(ppo, name), inspect.signature(getattr(ppo, name))
+
+        def watched(*args, **kwargs):
+            given = signature.bind(*args, **kwargs).arguments
+            copied = {k: copy.deepcopy(x) if isinstance(x, torch.nn.Module) else x for k, x in given.items()}
+            getattr(seen, name).append(copied)
+            returned = function(*args, **kwargs)
+            if name == "rollout":  # a number that goes with its row into the minibatches
+                returned[0]["row"] = torch.arange(len(returned[0]["tokens"]))
+            return returned
+
+        return watched
+
+    out.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in vars(seen):
+            patch.setattr(ppo, name, watch(name))
+        ppo.train(config_of(chain, out, **flags))
+    seen.log = [json.loads(line) for line in (out / "ppo.jsonl").read_text().splitlines()]
     return seen
 
 
-def log_rows(out):
-    return [json.loads(line) for line in (out / "ppo.jsonl").read_text().splitlines()]
+def weights_of(path):
+    return torch.load(path, weights_only=True)["weights"]
 
 
-def test_every_response_is_used_exactly_once_per_pass(chain, tmp_path, monkeypatch):
+def test_every_response_is_used_exactly_once_per_pass(chain, tmp_path):
     """J27: two iterations of two passes over 16 responses in minibatches of 4, in another order each time."""
-    seen = run_main(chain, tmp_path, monkeypatch, ppo_epochs=2)
-    assert seen.size == 16 and len(seen.rows) == 2 * 2 * 4
-    passes = [sum(seen.rows[i : i + 4], []) for i in range(0, 16, 4)]
-    assert all(sorted(rows) == list(range(16)) for rows in passes)
-    assert len(set(map(tuple, passes))) == 4
+    seen = train(chain, tmp_path, ppo_epochs=2)
+    minibatches, passes = [given["minibatch"] for given in seen.update_policy], []
+    for i in range(0, 16, 4):
+        rows, batch = torch.cat([m["row"] for m in minibatches[i : i + 4]]), seen.credit[i // 8]["batch"]
+        for name, x in batch.items():
+            assert torch.equal(torch.cat([m[name] for m in minibatches[i : i + 4]]), x[rows])
+        passes.append(tuple(rows.tolist()))
+    assert all(sorted(rows) == list(range(16)) for rows in passes) and len(set(passes)) == 4
+    assert {len(m["row"]) for m in minibatches} == {4} and len(minibatches) == 16
 
 
-def test_only_policy_and_value_model_change_over_a_run(chain, tmp_path, monkeypatch):
+def test_only_policy_and_value_model_change_over_a_run(chain, tmp_path):
     """J26, to the bit; and J3: the value model starts as a copy of the reward model."""
-    seen = run_main(chain, tmp_path, monkeypatch)
-    (policy, ref, reward_model, value_model), second = seen.rollouts
-    assert same(policy, ref) and same(reward_model, value_model)
-    assert [same(a, b) for a, b in zip(seen.rollouts[0], second)] == [False, True, True, False]
+    seen = train(chain, tmp_path)
+    states = lambda calls, name: [given[name].state_dict() for given in calls]
+    (policy, new_policy), refs = states(seen.rollout, "policy"), states(seen.rollout, "ref")
+    value_model, new_value_model = states(seen.credit, "value_model")
+    assert all(same(x, weights_of(chain / "ppo_init.pt")) for x in (policy, *refs))
+    assert same(value_model, weights_of(chain / "reward.pt"))
+    assert not same(policy, new_policy) and not same(value_model, new_value_model)
+    assert not any(given[name].training for given in seen.rollout for name in ("policy", "ref"))
+    reward_model, *_ = sft.load_reward(str(chain / "reward.pt"), "", "cpu")
+    row = torch.tensor([[5, 6, 7]]), torch.tensor([1]), torch.tensor([3])
+    assert seen.rollout[-1]["judge"](*row) == reward.model_judge(reward_model)(*row)
 
 
-def test_another_reference_is_only_what_the_kl_is_measured_against(chain, tmp_path, monkeypatch):
-    """--ref: the policy starts from the PPO initialisation all the same, and its first ratio is 1."""
-    tokenizer = data.Tokenizer.from_state(torch.load(chain / "base.pt", weights_only=True)["tokenizer"])
+def test_another_reference_is_only_what_the_kl_is_measured_against(chain, tmp_path):
+    """--ref: the policy starts from the PPO initialisation all the same, and its first ratio is 1 (J11), also
+    when the sampling temperature is not."""
+    tokenizer = data.Tokenizer(**torch.load(chain / "base.pt", weights_only=True)["tokenizer"])
     other = tiny_gpt(5, vocab_size=tokenizer.n_vocab, block_size=64, std=0.1)
     save_tiny(tmp_path / "other.pt", "policy", other, tokenizer)
-    seen = run_main(chain, tmp_path / "out", monkeypatch, ref=str(tmp_path / "other.pt"))
-    policy, ref, *_ = seen.rollouts[0]
-    init = model.load_policy(str(chain / "ppo_init.pt"), "", "cpu")[0].state_dict()
-    assert same(policy, init) and same(ref, other.state_dict())
-    first = json.loads((tmp_path / "out" / "ppo.jsonl").read_text().splitlines()[0])
-    assert first["kl"] != 0 and first["first_ratio"] == pytest.approx(1, abs=1e-5)
+    seen = train(chain, tmp_path, ref=str(tmp_path / "other.pt"), temperature=0.7)
+    assert same(seen.rollout[0]["policy"].state_dict(), weights_of(chain / "ppo_init.pt"))
+    assert same(seen.rollout[0]["ref"].state_dict(), other.state_dict())
+    assert seen.log[0]["kl"] != 0 and seen.log[0]["first_ratio"] == pytest.approx(1, abs=1e-5)
 
 
-def test_the_first_iteration_has_ratio_one_and_kl_zero(chain, tmp_path, monkeypatch):
-    """J11: in the log that every run writes, also when the sampling temperature is not 1."""
-    run_main(chain, tmp_path, monkeypatch, temperature=0.7)
-    first, second = log_rows(tmp_path)
-    assert first["kl"] == 0 and first["kl3"] == 0
-    assert abs(first["first_ratio"] - 1) < 1e-5 and abs(second["first_ratio"] - 1) < 1e-5
-    assert second["kl3"] > 0
+def test_bfloat16_activations_hold_the_first_ratio_near_one(chain, tmp_path, dtypes):
+    """Rows that stand in another forward than in the rollout may round otherwise."""
+    seen = train(chain, tmp_path, dtype="bfloat16")
+    assert len(dtypes) == 2 * (1 + 3 * 4) and set(dtypes) == {"bfloat16"}  # rollout; policy, text, value model
+    logprobs = seen.credit[-1]["batch"]["logprobs"]
+    assert logprobs.dtype == torch.float32 and not torch.equal(logprobs, logprobs.bfloat16().float())
+    assert all(abs(row["first_ratio"] - 1) < 0.1 for row in seen.log)
+    found = torch.load(tmp_path / "ppo.pt")
+    assert all(w.dtype == torch.float32 for name in ("policy", "value_model") for w in found[name].values())
 
 
-def test_the_learning_rate_is_constant_after_the_warmup(chain, tmp_path, monkeypatch):
+def test_the_learning_rate_is_constant_after_the_warmup(chain, tmp_path):
     """J24, L23 with a warm-up of 2 iterations: 0.1, 0.1 + 0.9 / 2, 1, 1; four minibatches each."""
-    seen = run_main(chain, tmp_path, monkeypatch, episodes=64)
-    assert seen.factors == pytest.approx([0.1] * 4 + [0.55] * 4 + [1.0] * 8)
+    seen = train(chain, tmp_path, episodes=64)
+    factors = [given["factor"] for given in seen.update_policy]
+    assert factors == pytest.approx([0.1] * 4 + [0.55] * 4 + [1.0] * 8)
 
 
 def test_a_persistently_negative_kl_is_reported(chain, tmp_path, monkeypatch, capsys):
     """J30: make the reference log-probabilities wrong by one nat; the warning comes after iteration 5."""
-    masked_logprobs = model.masked_logprobs
+    rollout = ppo.rollout
 
-    def wrong_for_the_reference(gpt, tokens, mask, temperature):
-        is_reference = not gpt.lm_head.weight.requires_grad  # the frozen one
-        return masked_logprobs(gpt, tokens, mask, temperature) + mask * is_reference
+    @functools.wraps(rollout)
+    def wrong(*args, **kwargs):
+        batch, seconds = rollout(*args, **kwargs)
+        batch["ref_logprobs"] += batch["mask"]
+        return batch, seconds
 
-    monkeypatch.setattr(model, "masked_logprobs", wrong_for_the_reference)
-    run_main(chain, tmp_path, monkeypatch, episodes=16 * 6, ptx_coef=0.0)
+    monkeypatch.setattr(ppo, "rollout", wrong)
+    train(chain, tmp_path, episodes=16 * 6, ptx_coef=0.0)
     assert capsys.readouterr().out.count("is negative") == 1
 
 
-def test_a_run_that_was_stopped_and_started_again_gives_the_same_bits(chain, tmp_path, monkeypatch):
-    """Ctrl-C in the second of three iterations; the log has each iteration once."""
-    run_main(chain, tmp_path / "whole", monkeypatch, episodes=48)
-    update, calls = ppo.update, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(*args)
-
-    monkeypatch.setattr(ppo, "update", interrupted)
-    with pytest.raises(SystemExit, match="stopped after step 2"):
-        run_main(chain, tmp_path / "parts", monkeypatch, episodes=48)
-    run_main(chain, tmp_path / "parts", monkeypatch, episodes=48)
-    whole, parts = (torch.load(tmp_path / name / "ppo.pt") for name in ("whole", "parts"))
-    for key in ("weights", "policy", "value_model"):
-        assert same(whole[key], parts[key])
-    assert [row["step"] for row in log_rows(tmp_path / "parts")] == [1, 2, 3]
-
-
-def test_the_checkpoint_holds_the_moving_average(chain, tmp_path, monkeypatch):
+def test_the_checkpoint_holds_the_moving_average(chain, tmp_path):
     """The paper evaluates the average; the raw policy is kept beside it for going on."""
-    seen = run_main(chain, tmp_path, monkeypatch, episodes=16, ema=0.0)
-    checkpoint = torch.load(tmp_path / "ppo.pt")
-    assert same(checkpoint["weights"], checkpoint["policy"])  # decay 0: the average is the last policy
-    run_main(chain, tmp_path / "slow", monkeypatch, episodes=16, ema=1.0)
-    checkpoint = torch.load(tmp_path / "slow" / "ppo.pt")
-    assert same(checkpoint["weights"], seen.rollouts[0][0])  # decay 1: it never left the start
-    assert not same(checkpoint["policy"], seen.rollouts[0][0])
+    start = weights_of(chain / "ppo_init.pt")
+    for ema, name in ((0.0, "quick"), (1.0, "slow")):
+        train(chain, tmp_path / name, episodes=16, ema=ema)
+        found = torch.load(tmp_path / name / "ppo.pt")
+        # decay 0: the average is the last policy; decay 1: it never left the start
+        assert same(found["weights"], found["policy"] if name == "quick" else start)
+        assert not same(found["policy"], start)
 
 
-def test_dropout_is_off_in_policy_and_reference(tmp_path, chain):
-    """J10: even for a checkpoint trained with dropout, and even if someone calls train()."""
-    gpt = tiny_gpt(dropout=0.5)
-    tokenizer = SimpleNamespace(state=lambda: {})
-    save_tiny(tmp_path / "p.pt", "policy", gpt, tokenizer)
-    loaded, _ = model.load_policy(str(tmp_path / "p.pt"), "", torch.device("cpu"))
-    tokens = torch.tensor([[1, 2, 3, 4, 5]])
-    assert not loaded.training
-    torch.testing.assert_close(loaded(tokens), gpt(tokens))
-    assert torch.equal(loaded.train()(tokens), loaded(tokens))
+def test_a_reward_of_your_own(chain, tmp_path, monkeypatch):
+    """--reward=FILE.py: whole numbers of texts; no reward model is needed or made, from chain to table. The
+    value model has a head of its own, a function of the seed."""
+    (tmp_path / "mine.py").write_text("def reward(prompts, responses):\n    return list(map(len, responses))\n")
+    (tmp_path / "earlier").mkdir()
+    for name in ("base", "sft", "ppo_init"):
+        (tmp_path / "earlier" / f"{name}.pt").symlink_to(chain / f"{name}.pt")
+    flags = dict(reward=str(tmp_path / "mine.py"), from_=str(tmp_path / "earlier"))
+    for name in ("a", "b"):
+        torch.rand(5)
+        ppo.main(config_of(chain, tmp_path / name, **flags))
+        assert (tmp_path / name / "table.json").exists() and not (tmp_path / name / "reward.pt").exists()
+    assert same(weights_of(tmp_path / "a" / "ppo.pt"), weights_of(tmp_path / "b" / "ppo.pt"))
+    row = json.loads((tmp_path / "a" / "ppo.jsonl").read_text().splitlines()[0])
+    assert row["score"] * 16 == round(row["score"] * 16) > 16  # a mean of 16 lengths
 
 
-def test_a_rollout_may_be_a_single_response(chain, tmp_path, monkeypatch):
-    run_main(chain, tmp_path, monkeypatch, rollout_size=1, minibatch_size=1, episodes=2)
-    assert [row["episodes"] for row in log_rows(tmp_path)] == [1, 2]
+def test_a_rollout_may_be_a_single_response(chain, tmp_path):
+    seen = train(chain, tmp_path, rollout_size=1, minibatch_size=1, episodes=2)
+    assert [row["episodes"] for row in seen.log] == [1, 2]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(chain, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(chain, tmp_path):
     """A learning rate of 1e30 spoils the weights in the first iteration,
     after which a checkpoint would be due."""
     with pytest.raises(SystemExit, match="the loss is (nan|inf|-inf) at step 1"):
-        run_main(chain, tmp_path, monkeypatch, lr=1e30, save_seconds=0.0)
+        train(chain, tmp_path, lr=1e30, save_seconds=0.0)
     assert not (tmp_path / "ppo.pt").exists()
-
-
-@pytest.mark.parametrize("flags, message", [
-    (dict(rollout_size=30, minibatch_size=8), "--rollout_size=30 is not a multiple of --minibatch_size=8"),
-    (dict(episodes=10, rollout_size=16), "--episodes=10 is less than one rollout of 16"),
-    (dict(reward="gold"), "--reward=gold needs the miniature world"),
-])
-def test_flags_that_do_not_go_together_end_in_one_line(chain, tmp_path, flags, message):
-    flags = {"rollout_size": 16, "minibatch_size": 8, "episodes": 64, **flags}
-    with pytest.raises(SystemExit, match=message):
-        ppo.main(ppo.Config(scale="tiny", data=str(chain), out=str(tmp_path), **flags))

@@ -1,5 +1,6 @@
 """Tests of reward.py: eq. 1, and the scores it is computed from."""
 
+import inspect
 import json
 import math
 import random
@@ -9,8 +10,12 @@ import torch
 
 import data
 import model
+import ppo
 import reward
+import sft
 from conftest import tiny_gpt, tiny_scalar
+
+CPU = torch.device("cpu")
 
 # L2: scores of four responses, best to worst. Differences and their -log sigmoid(d) = log(1 + e^-d):
 #   (1,2) 0.8 -> 0.371101   (1,3) 1.5 -> 0.201413   (1,4) 2.3 -> 0.095545
@@ -139,30 +144,20 @@ def test_a_batch_of_ties_only_has_loss_and_gradient_zero():
 # scores
 
 
-def fresh_reward_model():
+def test_a_fresh_reward_model_scores_of_order_one_and_loses_about_ln_2():
+    """J2: head std 1/sqrt(C+1) on C channels of unit variance (after the last LayerNorm). It cannot tell
+    responses apart yet; a saturated sigmoid would cost several nats."""
     torch.manual_seed(0)
     gpt = model.GPT(model.GPTConfig(50, 32, n_layer=2, n_head=2, n_embd=64))
-    return model.ScalarGPT.from_gpt(gpt)
-
-
-def test_a_fresh_reward_model_scores_of_order_one():
-    """J2: head std 1/sqrt(C+1) on C channels of unit variance (after the last LayerNorm)."""
-    tokens = torch.randint(50, (200, 20))
-    scores = reward.score(fresh_reward_model(), tokens, torch.full((200,), 20))
+    tokens, lengths = torch.randint(50, (400, 20)), torch.full((400,), 20)
+    scores = reward.score(model.ScalarGPT.from_gpt(gpt), tokens, lengths)
     assert 0.05 < scores.abs().mean().item() < 3
-
-
-def test_a_fresh_reward_model_loses_about_ln_2():
-    """J2: it cannot tell responses apart yet; a saturated sigmoid would cost several nats."""
-    torch.manual_seed(1)
-    tokens = torch.randint(50, (400, 20))
-    scores = reward.score(fresh_reward_model(), tokens, torch.full((400,), 20)).view(100, 4)
-    found = reward.ranking_loss(scores, torch.tensor([[1, 2, 3, 4]]).expand(100, 4)).item()
+    found = reward.ranking_loss(scores.view(100, 4), torch.tensor([[1, 2, 3, 4]]).expand(100, 4)).item()
     assert abs(found - math.log(2)) < 0.3
 
 
 def test_score_is_read_at_the_last_real_token():
-    """J4: not at the end of the padded row, not one token early."""
+    """J4: not at the end of the padded row, not one token early; more padding changes nothing."""
     scalar = tiny_scalar()
     tokens, lengths = model.pad([[1, 2, 3, 4, 5], [6, 7, 8]])
     everywhere = scalar(tokens)
@@ -171,33 +166,23 @@ def test_score_is_read_at_the_last_real_token():
     )
     alone = scalar(torch.tensor([[6, 7, 8]]))[0, -1]
     torch.testing.assert_close(reward.score(scalar, tokens, lengths)[1], alone)
-
-
-def test_more_padding_leaves_the_score_unchanged():
-    """J4."""
-    scalar = tiny_scalar().double()
-    tokens, lengths = model.pad([[1, 2, 3, 4, 5], [6, 7, 8]])
     padded = torch.nn.functional.pad(tokens, (0, 7), value=9)
-    torch.testing.assert_close(
-        reward.score(scalar, padded, lengths), reward.score(scalar, tokens, lengths), atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(reward.score(scalar, padded, lengths)[1], alone)
 
 
 def test_the_same_response_after_two_prompts_scores_differently():
     """J1: the reward model reads prompt and response."""
-    first, second = reward.score_rows(tiny_scalar(), [[1, 2, 7, 8, 9], [3, 4, 7, 8, 9]], torch.device("cpu"))
+    first, second = reward.score(tiny_scalar(), *model.pad([[1, 2, 7, 8, 9], [3, 4, 7, 8, 9]]))
     assert abs((first - second).item()) > 1e-3
 
 
-def test_score_rows_keeps_the_order_of_its_rows(monkeypatch):
+def test_score_keeps_the_order_of_its_rows(monkeypatch):
     """Rows are scored in pieces of similar length; each must come back to its place."""
     scalar, rng = tiny_scalar().double(), random.Random(0)
     rows = [[rng.randrange(1, 11) for _ in range(rng.randint(1, 20))] for _ in range(23)]
     monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 60)  # some four rows
     alone = torch.stack([scalar(torch.tensor([row]))[0, -1] for row in rows])
-    torch.testing.assert_close(
-        reward.score_rows(scalar, rows, torch.device("cpu")), alone, atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(reward.score(scalar, *model.pad(rows)), alone, atol=1e-12, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,14 +200,14 @@ GROUPS = [([[1, 5], [1, 3], [1, 1, 1, 4]], [1, 3, 2]), ([[2, 9], [2, 2, 8]], [2,
 
 
 def test_comparisons_of_different_k_share_a_batch_with_empty_slots():
-    scores, ranks = reward.score_groups(LastId(), GROUPS, torch.device("cpu"))
+    scores, ranks = reward.score_groups(LastId(), GROUPS, CPU)
     assert scores.tolist() == [[5, 3, 4], [9, 8, 0]]
     assert ranks.tolist() == [[1, 3, 2], [2, 1, 0]]
 
 
 def test_the_loss_of_a_batch_is_the_mean_of_its_prompts_alone():
     scalar = tiny_scalar()
-    one = lambda groups: reward.ranking_loss(*reward.score_groups(scalar, groups, torch.device("cpu"))).item()
+    one = lambda groups: reward.ranking_loss(*reward.score_groups(scalar, groups, CPU)).item()
     assert one(GROUPS) == pytest.approx((one(GROUPS[:1]) + one(GROUPS[1:])) / 2, abs=1e-5)
 
 
@@ -230,7 +215,7 @@ def test_accuracy_is_the_share_of_untied_pairs_in_the_labelers_order():
     """First group: 5 > 4 > 3 as ranked, 3 of 3. Second: 9 scores above 8 but is ranked below, 0 of 1.
     A tie adds no pair."""
     tied = ([[1, 7], [1, 6]], [1, 1])
-    assert reward.evaluate(LastId(), GROUPS + [tied], torch.device("cpu"))["accuracy"] == 3 / 4
+    assert reward.evaluate(LastId(), GROUPS + [tied], CPU)["accuracy"] == 3 / 4
 
 
 def test_valid_loss_is_a_mean_over_prompts():
@@ -239,132 +224,22 @@ def test_valid_loss_is_a_mean_over_prompts():
     nowhere."""
     right, wrong, tied = ([[1, 5], [1, 3]], [1, 2]), ([[1, 3], [1, 5]], [1, 2]), ([[1, 5], [1, 3]], [1, 1])
     for groups in ([right] * 32 + [wrong], [right] * 31 + [wrong, right] + [tied] * 40):
-        found = reward.evaluate(LastId(), groups, torch.device("cpu"))
+        found = reward.evaluate(LastId(), groups, CPU)
         assert found["valid_loss"] == pytest.approx(0.187534, abs=1e-6)
 
-
-def tokenizer_of(chain):
-    return data.Tokenizer.from_state(torch.load(chain / "sft.pt")["tokenizer"])
-
-
 def test_comparisons_are_encoded_as_prompt_response_and_eot(chain):
-    row = json.loads((chain / "comparisons.jsonl").read_text().splitlines()[0])
-    tokenizer = tokenizer_of(chain)
-    ((rows, ranks),) = reward.encode_comparisons(tokenizer, [row], 64)
-    assert ranks == row["ranks"] and len(rows) == 4
-    for ids, response in zip(rows, row["responses"]):
-        assert ids == tokenizer.encode(row["prompt"]) + tokenizer.encode(response) + [tokenizer.eot]
-
-
-def test_sampled_ids_are_not_encoded_again(chain):
-    """A sampled text may fall into other tokens than those that were sampled;
-    and one cut by the limit has no eot."""
-    tokenizer = tokenizer_of(chain)
-    row = dict(prompt="say cat\n", responses=["a", "b"], ranks=[1, 2], tokens=[[70, 71], [72, tokenizer.eot]])
-    ((rows, _),) = reward.encode_comparisons(tokenizer, [row], 64)
-    prompt = tokenizer.encode("say cat\n")
-    assert rows == [prompt + [70, 71], prompt + [72, tokenizer.eot]]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# what comparisons were collected with
-
-
-def collected(tmp_path, seed=0, mixture={"sft": 0.4}, **flags):
-    policies = dict(sft=tiny_gpt(seed), base=tiny_gpt(1))
-    reward.check_collected(reward.Config(out=str(tmp_path), **flags), policies, mixture)
-
-
-@pytest.mark.parametrize("other, named", [
-    (dict(k_min=3), "--k_min: 4 there, 3 now"), (dict(seed=2), "weights of sft"),
-    (dict(mixture={"sft": 0.5}), "mixture"),
-])
-def test_comparisons_of_other_flags_weights_or_mixture_are_refused(tmp_path, other, named):
-    collected(tmp_path)
-    (tmp_path / "comparisons.jsonl").write_text("")
-    collected(tmp_path, lr=0.1)  # has no part in collecting
-    with pytest.raises(SystemExit, match=named):
-        collected(tmp_path, **other)
-
-
-def test_comparisons_are_collected_anew_after_they_are_deleted(tmp_path):
-    collected(tmp_path)
-    collected(tmp_path, k_min=3)
-    (tmp_path / "comparisons.jsonl").write_text("")
-    collected(tmp_path, k_min=3)
-
-
-def test_comparisons_without_a_note_of_their_flags_are_taken_as_they_are(tmp_path):
-    (tmp_path / "comparisons_valid.jsonl").write_text("")
-    collected(tmp_path)
-    assert not (tmp_path / "comparisons.json").exists()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the whole stage, on untrained checkpoints
-
-
-@pytest.fixture(scope="module")
-def trained(chain, tmp_path_factory):
-    """reward.main on the 20 prompts of chain -> (folder, reward model, its tokenizer)."""
-    out = tmp_path_factory.mktemp("reward")
-    config = reward.Config(
-        scale="tiny", data=str(chain), out=str(out), sft=str(chain / "sft.pt"), batch=4, log_every=1, epochs=3
-    )
-    reward.main(config)
-    network, checkpoint = model.load_reward(str(out / "reward.pt"), "", torch.device("cpu"))
-    return out, network, data.Tokenizer.from_state(checkpoint["tokenizer"])
-
-
-def test_demonstrations_score_zero_on_average_after_the_shift(chain, trained):
-    """J25, L7: the shift is the mean of the demonstrations' scores, taken from the head's bias."""
-    _, network, tokenizer = trained
-    demonstrations = data.load(str(chain), "tiny", 1)["demonstrations"]
-    pairs = data.encode_pairs(tokenizer, demonstrations, 64)
-    scores = [network(torch.tensor([prompt + response]))[0, -1].item() for prompt, response in pairs]
-    assert sum(scores) / len(scores) == pytest.approx(0, abs=2e-6)
-    assert max(map(abs, scores)) > 0.01
-
-
-def test_every_logged_step_has_the_memory(trained):
-    rows = [json.loads(line) for line in (trained[0] / "reward.jsonl").read_text().splitlines()]
-    assert len(rows) > 1 and all(row["memory_gb"] > 0 for row in rows[1:])  # the first row is step 0
-
-
-def test_the_shift_changes_no_comparison(chain, trained):
-    """J25: accuracy and loss of the finished model are those of the last step before the shift."""
-    out, network, tokenizer = trained
-    valid = data.load(str(chain), "tiny", 1)["comparisons_valid"]
-    after = reward.evaluate(network, reward.encode_comparisons(tokenizer, valid, 64), torch.device("cpu"))
-    before = json.loads((out / "reward.jsonl").read_text().splitlines()[-1])
-    assert after["accuracy"] == before["accuracy"]
-    assert after["valid_loss"] == pytest.approx(before["valid_loss"], abs=1e-5)
-
-
-def test_prompts_that_leave_no_room_for_a_response_are_dropped(chain, tmp_path, monkeypatch, capsys):
-    tasks = [dict(prompt=prompt) for prompt in ["say cat\n"] * 3 + ["say cat dog sun moon\n" * 4]]
-    datasets = data.load(str(chain), "tiny", 1) | dict(comparisons=None, comparison_prompts=tasks, valid=tasks)
-    monkeypatch.setattr(data, "load", lambda *_: datasets)
-    passed_on = []
-
-    def collect(path, tasks, *_):
-        passed_on.append(tasks)
-        return [dict(row, prompt="say cat\n", responses=["a", "b"], ranks=[1, 2]) for row in tasks]
-
-    monkeypatch.setattr(reward, "collect", collect)
-    paths = dict(sft=str(chain / "sft.pt"), base=str(chain / "base.pt"))
-    reward.main(reward.Config(scale="tiny", out=str(tmp_path), encoding="gpt2", max_new_tokens=40, **paths))
-    assert passed_on == [tasks[:3], tasks[:3]]
-    printed = capsys.readouterr().out
-    assert "dropped 1 of 4 prompts: longer than 24 tokens" in printed
-    assert "--encoding=gpt2 is not used" in printed
+    """But sampled ids are not encoded again: a text may fall into others; one cut by the limit has no eot."""
+    tokenizer, row = tokenizer_of(chain), dict(prompt="say cat\n", responses=["a", "b"], ranks=[1, 2])
+    prompt, eot, (a, b) = tokenizer.encode("say cat\n"), tokenizer.eot, map(tokenizer.encode, "ab")
+    assert data.encode_comparisons(tokenizer, [row], 64) == [([prompt + a + [eot], prompt + b + [eot]], [1, 2])]
+    [(sampled, _)] = data.encode_comparisons(tokenizer, [dict(row, tokens=[[70, 71], [72, eot]])], 64)
+    assert sampled == [prompt + [70, 71], prompt + [72, eot]]
 
 
 def test_the_reward_model_learns_a_simple_preference():
-    """One response ends in 9, the other in 3; after 60 steps of eq. 1 the first scores higher,
-    on prompts never seen."""
+    """One response ends in 9, the other in 3; after 60 steps the first scores higher, on prompts never seen."""
     network = model.ScalarGPT.from_gpt(tiny_gpt(std=0.05))
-    optimizer, rng = model.adamw(network, 1e-2), random.Random(0)
+    optimizer, rng = sft.adamw(network, 1e-2), random.Random(0)
 
     def group():
         prompt = [rng.randrange(1, 11), rng.randrange(1, 11)]
@@ -372,12 +247,104 @@ def test_the_reward_model_learns_a_simple_preference():
 
     for _ in range(60):
         groups = [group() for _ in range(8)]
-        reward.ranking_loss(*reward.score_groups(network, groups, torch.device("cpu"))).backward()
-        model.optimizer_step(optimizer, network, 1e-2, 1.0)
-    assert reward.evaluate(network, [group() for _ in range(50)], torch.device("cpu"))["accuracy"] > 0.95
+        reward.ranking_loss(*reward.score_groups(network, groups, CPU)).backward()
+        sft.optimizer_step(network, [optimizer], 1.0, 1.0)
+    assert reward.evaluate(network, [group() for _ in range(50)], CPU)["accuracy"] > 0.95
 
 
-def test_dtype_reaches_every_step(dtypes):
-    scalar, config = tiny_scalar(), reward.Config(dtype="bfloat16")
-    reward.train_step(scalar, model.adamw(scalar, 1e-3), GROUPS, 1e-3, config, torch.device("cpu"))
-    assert dtypes == ["bfloat16"]
+# ------------------------------------------------------------------------------------------------------------
+# judges, and the whole stage on untrained checkpoints
+
+
+def tokenizer_of(chain):
+    return data.Tokenizer(**torch.load(chain / "sft.pt")["tokenizer"])
+
+
+def scores_of(chain, flag, rows, responses):
+    """What the judge of --reward=flag gives responses (texts) to the prompts of rows; the first has no eot."""
+    tokenizer = tokenizer_of(chain)
+    rows = data.encode_prompts(tokenizer, rows, 10_000)
+    judge, _ = reward.load_judge(ppo.Config(reward=flag, out=str(chain)), tokenizer, rows, CPU)
+    ids = [tokenizer.encode(text) + [tokenizer.eot] for text in responses]
+    ids[0].pop()
+    tokens, lengths = model.pad([row["ids"] + response for row, response in zip(rows, ids)])
+    return judge(tokens, torch.tensor([len(row["ids"]) for row in rows]), lengths).tolist()
+
+
+def test_a_function_of_your_own_judges_prompts_and_responses_as_texts(chain, tmp_path):
+    """--reward=FILE.py. Lengths without eot: 100 * 8 + 3, 100 * 8 + 4 (a space behind the colon), 600 + 5."""
+    path, rows = tmp_path / "mine.py", [dict(prompt=prompt) for prompt in ("say cat\n", "say sun:", "say a\n")]
+    path.write_text("reward = lambda prompts, texts: [100 * len(p) + len(t) for p, t in zip(prompts, texts)]")
+    assert scores_of(chain, str(path), rows, ["cat", " red", "a dog"]) == [803, 804, 605]
+    for text, says in (("rewards = 1", "defines no function"), ("reward = lambda *_: [1]", "1 numbers for 3")):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=says):
+            scores_of(chain, str(path), rows, ["cat", " red", "a dog"])
+
+
+def test_the_gold_judge_gives_the_gold_preference_of_each_task(chain):
+    world, rng = data.World(), random.Random(0)
+    tasks = [world.task(rng) for _ in range(20)]
+    responses = [rng.choice([task["reply"], data.spoiled(world, task, rng)]) for task in tasks]
+    expected = [world.gold(task, text)["gold"] for task, text in zip(tasks, responses)]
+    assert scores_of(chain, "gold", tasks, responses) == pytest.approx(expected)
+    assert len({round(x, 3) for x in expected}) > 4
+
+
+def run(chain, out, **flags):
+    """reward.main on the 20 prompts of chain, if no flag says otherwise."""
+    flags = dict(scale="tiny", device="cpu", data=str(chain), from_=str(chain), log_every=1) | flags
+    return reward.main(reward.Config(out=str(out), **flags))
+
+
+def test_demonstrations_score_zero_on_average_and_the_shift_changes_no_comparison(chain, tmp_path, dtypes):
+    """J25, L7: the shift is the mean of the demonstrations' scores, taken from the head's bias; accuracy and
+    loss are those of the last step before it."""
+    run(chain, tmp_path, epochs=3, dtype="float32")
+    assert len(dtypes) == 15 and set(dtypes) == {"float32"}  # every step
+    network, tokenizer, _ = sft.load_reward(str(tmp_path / "reward.pt"), "", CPU)
+    datasets = data.load(str(chain), "tiny", 1)
+    pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], 64)
+    scores = [network(torch.tensor([prompt + response]))[0, -1].item() for prompt, response in pairs]
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=2e-6) and max(map(abs, scores)) > 0.01
+    after = reward.evaluate(network, data.encode_comparisons(tokenizer, datasets["comparisons_valid"], 64), CPU)
+    rows = [json.loads(line) for line in (tmp_path / "reward.jsonl").read_text().splitlines()]
+    assert after["accuracy"] == rows[-1]["accuracy"] and all(row["memory_gb"] > 0 for row in rows)
+    assert after["valid_loss"] == pytest.approx(rows[-1]["valid_loss"], abs=1e-5)
+
+
+def test_folds_test_on_labelers_that_were_not_learned_from(chain, tmp_path, monkeypatch):
+    """Four labelers, each with a prompt of its own, in two folds; beside a finished reward.pt, which stays."""
+    rows = [json.loads(line) for line in (chain / "comparisons.jsonl").read_text().splitlines()]
+    rows = [dict(row, prompt=f"say {i % 4}\n", labeler=f"labeler-{i % 4}") for i, row in enumerate(rows)]
+    (tmp_path / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(chain, tmp_path, data=str(tmp_path))
+    before, folds = (tmp_path / "reward.pt").read_bytes(), []
+    train, bind = reward.train, inspect.signature(reward.train).bind
+    monkeypatch.setattr(reward, "train", lambda *args: folds.append(bind(*args).arguments) or train(*args))
+    run(chain, tmp_path, data=str(tmp_path), folds=2)
+    who = lambda groups: {tokenizer_of(chain).decode(rows[0])[:5] for rows, _ in groups}
+    assert all(who(fold["groups"]).isdisjoint(who(fold["groups_valid"])) for fold in folds)
+    assert len(folds) == 2 and (tmp_path / "reward.pt").read_bytes() == before
+
+
+def test_every_comparison_fits_and_has_different_responses(chain, tmp_path, capsys):
+    """Collected in the world; with other flags they are neither used nor overwritten."""
+    flags = dict(data="", k_min=3, k_max=4, max_new_tokens=6, encoding="gpt2")
+    run(chain, tmp_path, **flags)
+    printed, tokenizer = capsys.readouterr().out, tokenizer_of(chain)
+    assert "prompts: longer than 58 tokens" in printed and "--encoding=gpt2 is not used" in printed
+    rows, valid = (data.read_jsonl(f"{tmp_path}/{name}.jsonl") for name in ("comparisons", "comparisons_valid"))
+    for row in rows + valid:
+        texts, prompt = [text.strip() for text in row["responses"]], tokenizer.encode(row["prompt"])
+        assert 2 <= len(texts) == len(set(row["responses"])) <= 4 and all(texts)
+        assert set(row["ranks"]) == set(range(1, max(row["ranks"]) + 1)) and len(row["ranks"]) == len(texts)
+        assert [data.response_text(tokenizer, prompt, ids).strip() for ids in row["tokens"]] == texts
+    assert {source for row in valid for source in row["sources"]} == {"sft"}
+    assert {source for row in rows for source in row["sources"]} == set(reward.COLLECTED)
+    assert not {row["labeler"] for row in rows} & {row["labeler"] for row in valid}
+    (tmp_path / "reward.pt").unlink()
+    with pytest.raises(SystemExit, match=r"comparisons.pt was made with other flags \(--k_min=3 there, 2 now"):
+        run(chain, tmp_path, **dict(flags, k_min=2))
+    run(chain, tmp_path, **flags, lr=0.1)  # has no part in collecting
+    assert (tmp_path / "reward.pt").exists()

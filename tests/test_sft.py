@@ -1,20 +1,61 @@
-"""Tests of sft.py: the loss, what a given base decides, and what is mixed into a batch."""
+"""Tests of sft.py: the loss and what is mixed into a batch; then what every stage stands on: optimizers,
+a run that goes on where it was stopped, checkpoints, flags."""
 
+import inspect
 import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import types
+from dataclasses import dataclass
+from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
+import data
+import eval
 import model
+import ppo
+import reward
 import sft
-from conftest import tiny_gpt
+from conftest import save_tiny, tiny_gpt, tiny_scalar
+
+CPU = torch.device("cpu")
+TOKENS, MASK = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
+TOKENIZER = types.SimpleNamespace(state=lambda: {"name": "gpt2", "tokens": None})
+
+
+def same(a, b):
+    """Equal state dicts, to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the stage and its optimizers
 
 
 def config_of(chain, out, **flags):
-    """A run of two epochs from the untrained base of chain, whose context is 64 tokens."""
+    """One epoch of each model from the untrained base of chain, whose context is 64 tokens."""
     flags = dict(data=str(chain), base=str(chain / "base.pt"), sft_epochs=1, ppo_init_epochs=1) | flags
     return sft.Config(scale="tiny", out=str(out), device="cpu", **flags)
+
+
+@pytest.fixture
+def batches_of(monkeypatch):
+    """A function of a config -> {name: batches} of each model that sft.main would train with it."""
+    seen, signature = {}, inspect.signature(sft.train)
+
+    def train(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        seen[os.path.basename(given["run"].path)] = given["batches"]
+        given["run"].finish()
+
+    monkeypatch.setattr(sft, "train", train)
+    return lambda config: sft.main(config) or seen
 
 
 @pytest.mark.parametrize("size", [1, 12, 1024])  # rows one by one, two together, all
@@ -28,44 +69,352 @@ def test_lm_loss_is_a_mean_over_unmasked_tokens_however_it_is_cut(size, monkeypa
     assert sft.lm_loss(gpt, tokens, mask).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_valid_loss_is_a_mean_over_the_tokens_of_all_batches_without_dropout():
+    parts = (TOKENS[:1], MASK[:1]), (TOKENS[1:], MASK[1:])  # of 3 and of 2 tokens
+    expected = sft.lm_loss(tiny_gpt(), TOKENS, MASK).item()
+    assert sft.valid_loss(tiny_gpt(dropout=0.5).train(), parts) == pytest.approx(expected, abs=1e-5)
+
+
+def test_pretraining_rows_are_documents_cut_to_document_length(chain, tmp_path, batches_of):
+    batches = batches_of(config_of(chain, tmp_path, base="", document_length=10))["base.pt"]
+    prompts, lengths = zip(*((len(first), len(first + rest)) for batch in batches for first, rest in batch))
+    assert set(prompts) == {1} and max(lengths) == 10  # every token counts but the first
+
+
+@pytest.mark.parametrize("share, documents", [(0.0, 0), (0.01, 1), (0.5, 8)])
+def test_pretrain_share_of_the_rows_of_a_batch_are_documents(chain, tmp_path, batches_of, share, documents):
+    """8 demonstrations: share / (1 - share) of them on top, at least one, but none for share 0. Each of them
+    once in every epoch, in another order."""
+    batches = batches_of(config_of(chain, tmp_path, pretrain_share=share, sft_batch=8, sft_epochs=2))
+    rows = [str(row) for batch in batches["sft.pt"] for row in batch]
+    first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert len(batches["sft.pt"][0]) == 8 and len(batches["ppo_init.pt"][0]) == 8 + documents
+    assert sorted(first) == sorted(second) and first != second
+
+
 def test_rows_are_cut_to_the_context_of_a_given_base(chain, tmp_path, capsys):
     long = "cat dog " * 20  # 100 tokens and more
     rows = [dict(prompt="say cat\n", response=text) for text in ["cat"] * 20 + [long]]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "comparisons.jsonl").write_text((chain / "comparisons.jsonl").read_text())
-    (folder / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "pretrain.txt").write_text(f"{long}\n<|endoftext|>\n{long}\n")
-    sft.main(config_of(chain, tmp_path, data=str(folder)))
+    (tmp_path / "comparisons.jsonl").write_text((chain / "comparisons.jsonl").read_text())
+    (tmp_path / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "pretrain.txt").write_text(f"{long}\n<|endoftext|>\n{long}\n")
+    sft.main(config_of(chain, tmp_path, data=str(tmp_path)))
     assert "demonstrations: longer than 64 tokens" in capsys.readouterr().out
-    assert model.load_policy(str(tmp_path / "ppo_init.pt"), "", "cpu")[0].config.block_size == 64
+    assert sft.load_policy(str(tmp_path / "ppo_init.pt"), "", CPU)[0].config.block_size == 64
 
 
-@pytest.mark.parametrize("encoding, said", [("gpt2", True), ("bpe", False)])
-def test_the_encoding_of_a_given_base_is_named_if_it_differs(chain, tmp_path, capsys, encoding, said):
-    sft.main(config_of(chain, tmp_path, encoding=encoding))
-    assert ("--encoding=gpt2 is not used" in capsys.readouterr().out) == said
+def test_the_baseline_keeps_the_weights_of_several_epochs(chain, tmp_path):
+    sft.main(config_of(chain, tmp_path, sft_epochs=5), stages=("sft",))
+    load = lambda epoch: sft.load_policy(f"{tmp_path}/sft.pt", "", CPU, epoch)[0].state_dict()
+    assert list(torch.load(tmp_path / "sft.pt")["epochs"]) == [1, 2, 4, 5]
+    assert same(load(None), load(5)) and not same(load(4), load(5))
 
 
-@pytest.mark.parametrize("share, rows", [(0.0, 8), (0.01, 9), (0.2, 10)])
-def test_pretrain_share_of_the_rows_of_a_batch_are_documents(chain, tmp_path, monkeypatch, share, rows):
-    """8 demonstrations: share / (1 - share) of them on top, at least one, but none for share 0."""
-    batches = {}
-
-    def train(gpt, path, settings, tokenizer, steps, batch_at, *_, **__):
-        batches[path.rsplit("/")[-1]] = batch_at(1, np.random.default_rng(0))
-
-    monkeypatch.setattr(sft, "train", train)
-    sft.main(config_of(chain, tmp_path, pretrain_share=share, sft_batch=8))
-    assert len(batches["sft.pt"][0]) == 8 and len(batches["ppo_init.pt"][0]) == rows
-
-
-def test_every_logged_step_has_the_memory(chain, tmp_path):
-    sft.main(config_of(chain, tmp_path))
+@pytest.mark.parametrize("encoding", ["gpt2", "bpe"])
+def test_what_a_run_prints_and_logs_and_computes_in(chain, tmp_path, capsys, dtypes, encoding):
+    sft.main(config_of(chain, tmp_path, encoding=encoding, dtype="bfloat16"))
+    assert ("--encoding=gpt2 is not used" in capsys.readouterr().out) == (encoding == "gpt2")
     rows = [json.loads(line) for line in (tmp_path / "ppo_init.jsonl").read_text().splitlines()]
-    assert len(rows) > 1 and all(row["memory_gb"] > 0 for row in rows[1:])  # the first row is step 0
+    assert len(rows) > 1 and all(row["memory_gb"] > 0 for row in rows)
+    assert len(dtypes) > 2 and set(dtypes) == {"bfloat16"}  # every step
 
 
-def test_dtype_reaches_every_step(chain, tmp_path, dtypes):
-    sft.main(config_of(chain, tmp_path, dtype="bfloat16"))
-    assert dtypes and set(dtypes) == {"bfloat16"}
+def test_cosine_decays_to_a_tenth():
+    """L22: 0.1 + 0.9 * 0.5 * (1 + cos(pi * t / 1000)); the paper's peak 9.65e-6 at half time: 5.3075e-6."""
+    factors = [sft.cosine(t, 1000) for t in (0, 250, 500, 750, 1000)]
+    assert factors == pytest.approx([1.0, 0.868198, 0.55, 0.231802, 0.1], abs=1e-6)
+    assert 9.65e-6 * factors[2] == pytest.approx(5.3075e-6)
+
+
+def test_first_step_of_adam():
+    """J23: with gradient g = eps = 1e-5 the first step is lr * g / (|g| + eps) = lr / 2;
+    with eps 1e-8 it would be 0.999 lr."""
+    layer = torch.nn.Linear(1, 1, bias=False).double()
+    before = layer.weight.item()
+    layer.weight.grad = torch.full((1, 1), 1e-5).double()
+    sft.adamw(layer, 1.0).step()
+    assert before - layer.weight.item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_weight_decay_is_for_matrices_only():
+    layer = torch.nn.Linear(1, 1)
+    for parameter in layer.parameters():
+        parameter.data, parameter.grad = torch.ones_like(parameter), torch.zeros_like(parameter)
+    sft.adamw(layer, 0.1, weight_decay=0.5).step()
+    assert layer.weight.item() == pytest.approx(0.95) and layer.bias.item() == 1  # 1 - 0.1 * 0.5
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
+    """Each parameter once, also the embedding, which is the unembedding too."""
+    gpt = tiny_gpt(n_layer=3)
+    muon, adamw = (
+        sorted(id(p) for group in optimizer.param_groups for p in group["params"])
+        for optimizer in sft.muon_and_adamw(gpt, 0.02, 1e-3, 0.1)
+    )
+    kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    matrices = {f"transformer.h.{layer}.{kind}.weight" for layer in range(3) for kind in kinds}
+    assert muon == sorted(id(p) for name, p in gpt.named_parameters() if name in matrices)
+    assert adamw == sorted(id(p) for name, p in gpt.named_parameters() if name not in matrices)
+
+
+def test_optimizer_step_clips_one_norm_scales_each_peak_and_clears():
+    """Gradients 3 and 4 of two optimizers have one norm, 5; clipped to 1 they are 0.6 and 0.8. With plain SGD
+    at peaks 1 and 10, half of each: moves of 0.3 and 4. Then a tenth of the peaks, not of the halves."""
+    layer = torch.nn.Linear(1, 1)
+    optimizers = [torch.optim.SGD([layer.weight], lr=1.0), torch.optim.SGD([layer.bias], lr=10.0)]
+    for factor, moves in ((0.5, (0.3, 4.0)), (0.1, (0.06, 0.8))):
+        before = layer.weight.item(), layer.bias.item()
+        layer.weight.grad, layer.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
+        assert sft.optimizer_step(layer, optimizers, factor, 1.0).item() == pytest.approx(5.0)
+        found = before[0] - layer.weight.item(), before[1] - layer.bias.item()
+        assert found == pytest.approx(moves, abs=1e-5)
+        assert layer.weight.grad is None and layer.bias.grad is None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# a run
+
+
+@dataclass
+class Config(data.Common):
+    batch: data.Count = 8
+    lr: data.Rate = 1e-3
+    ptx_coef: data.Amount = 0.5
+    shuffle: bool = False
+
+
+def begin(out, steps=3, network=None, optimizers=(), **flags):
+    """A run of so many steps, which begins or goes on where a run in this folder was stopped."""
+    out.mkdir(exist_ok=True)
+    run = sft.Run("x", "policy", Config(**{"out": str(out), "device": "cpu", "data": "a folder", **flags}))
+    run.begin(steps, network or tiny_gpt(), TOKENIZER, **{f"part {i}": x for i, x in enumerate(optimizers)})
+    return run
+
+
+def refused(out, **flags):
+    """The one line that a run with these flags ends in; what was there is left as it is."""
+    before = [path.read_bytes() for path in sorted(out.iterdir())]
+    with pytest.raises(SystemExit) as stop:
+        begin(out, **flags)
+    assert before == [path.read_bytes() for path in sorted(out.iterdir())]
+    assert "\n" not in str(stop.value) and "choose another --out, or --fresh" in str(stop.value)
+    return str(stop.value)
+
+
+def test_every_draw_is_a_function_of_seed_and_step(tmp_path):
+    """Torch's own state, which dropout uses, and the run's generator, and numpy's numbers."""
+    def draws(name, **flags):
+        run, on_cpu = begin(tmp_path / name, **flags), lambda **given: torch.rand(1, **given).item()
+        return [(on_cpu(), on_cpu(generator=run.generator), run.rng.random()) for _ in run]
+
+    first, again, other = draws("first"), draws("again"), draws("other", seed=2)
+    assert first == again and len({number for row in first + other for number in row}) >= 12
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_two_optimizers_go_on_with_the_same_bits(tmp_path, stop):
+    def train(name, stop=None):
+        gpt = tiny_gpt(dropout=0.2).train()
+        optimizers = sft.muon_and_adamw(gpt, 0.02, 1e-2, 0.1)
+        run = begin(tmp_path / name, 4, gpt, optimizers)
+        for step in run:
+            sft.lm_loss(gpt, TOKENS, MASK).backward()
+            sft.optimizer_step(gpt, optimizers, sft.cosine(step, 4), 1.0)
+            if step == stop:
+                return run.save()
+        return gpt.state_dict()
+
+    train("parts", stop)
+    assert same(train("parts"), train("whole"))
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step_and_a_second_one_does_not(tmp_path):
+    before, seen = signal.getsignal(signal.SIGINT), []
+    for stop, strokes in ((SystemExit, 1), (KeyboardInterrupt, 2)):
+        with pytest.raises(stop):
+            for step in begin(tmp_path):
+                for _ in range(strokes):
+                    os.kill(os.getpid(), signal.SIGINT)
+                seen.append(step)
+    assert seen == [1] and torch.load(tmp_path / "x.pt")["step"] == 1
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("seconds, writing, found", [
+    (2.5, 0, [0, 0, 0, 3, 3, 3, 6]), (0, 0, [0, 1, 2, 3, 4, 5, 6]), (1e9, 0, [0] * 7),
+    (0, 0.125, [0, 1, 1, 1, 4, 4, 4]),  # 20 times the seconds that writing takes
+])
+def test_what_a_kill_leaves_is_not_older_than_save_seconds(tmp_path, monkeypatch, seconds, writing, found):
+    """The checkpoint's step, 0 without one, in each of seven steps that take a second."""
+    clock, save, path, there = [0.0], torch.save, tmp_path / "x.pt", []
+
+    def slowly(*args):
+        clock[0] += writing
+        save(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(torch, "save", slowly)
+    for _ in begin(tmp_path, 7, save_seconds=seconds):
+        there.append(torch.load(path)["step"] if path.exists() else 0)
+        clock[0] += 1.0
+    assert there == found
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, capsys):
+    """What was logged after it, and a line that a kill cut short, are written again by the run that goes on."""
+    run, path = begin(tmp_path), tmp_path / "x.jsonl"
+    for step in run:
+        run.log(show=step == 3, loss=step + 0.12345)
+        if step == 2:
+            run.save()
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    begin(tmp_path)
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [1.12345, 2.12345]
+    assert re.findall("loss +([0-9.]+)", capsys.readouterr().out) == ["3.123"]
+    begin(tmp_path, fresh=True)
+    assert path.read_text() == ""
+
+
+def test_other_flags_are_named_and_nothing_is_overwritten(tmp_path):
+    begin(tmp_path, lr=0.1, seed=1).finish()
+    assert begin(tmp_path, lr=0.1, log_every=7, save_seconds=9.0, from_="elsewhere").finished
+    message = refused(tmp_path, lr=0.2, seed=3)
+    assert "--seed=1 there, 3 now, --lr=0.1 there, 0.2 now" in message and "batch" not in message
+    run = begin(tmp_path, lr=0.2, seed=3, fresh=True)
+    assert not run.finished and list(run) == [1, 2, 3]
+
+
+def test_a_checkpoint_of_other_code_is_one_line_of_warning(tmp_path, capsys):
+    """And a flag that it does not know was at its default."""
+    begin(tmp_path).finish()
+    assert begin(tmp_path).finished and "warning" not in capsys.readouterr().out
+    checkpoint = torch.load(tmp_path / "x.pt")
+    del checkpoint["settings"]["batch"]
+    torch.save({**checkpoint, "code": 1}, tmp_path / "x.pt")
+    assert begin(tmp_path).finished
+    [warning] = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "made by other code" in warning and "--fresh" in warning
+    assert "--batch=8 there, 16 now" in refused(tmp_path, batch=16)
+
+
+@pytest.mark.parametrize("line, is_another", [("# a comment\n", False), ("0.1 | a new page.\n", True)])
+def test_another_text_of_the_world_is_refused(tmp_path, monkeypatch, capsys, line, is_another):
+    """And who takes such a checkpoint for an earlier stage is warned."""
+    out, world = tmp_path / "out", tmp_path / "world"
+    begin(out, data="").finish()
+    shutil.copytree(data.WORLD, world)
+    (world / "pages.txt").write_text((world / "pages.txt").read_text() + line)
+    monkeypatch.setattr(data, "WORLD", str(world))
+    assert "--world=" in refused(out, data="") if is_another else begin(out, data="").finished
+    assert sft.is_finished(f"{out}/x.pt") and ("another text" in capsys.readouterr().out) == is_another
+
+
+def test_where_an_earlier_stage_is_found(tmp_path):
+    """The path given, else the file in --out, else the one in --from."""
+    out, earlier = tmp_path / "out", tmp_path / "earlier"
+    find = lambda **flags: sft.where(ppo.Config(out=str(out), from_=str(earlier), **flags), "reward")
+    out.mkdir(), earlier.mkdir()
+    assert find() == f"{out}/reward.pt"
+    for folder in (earlier, out):
+        (folder / "reward.pt").touch()
+        assert find() == find(reward="gold") == f"{folder}/reward.pt" and find(reward="my.pt") == "my.pt"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+KINDS = pytest.mark.parametrize("kind, load, network", [
+    ("policy", sft.load_policy, tiny_gpt(dropout=0.5)), ("reward", sft.load_reward, tiny_scalar()),
+])
+
+
+@KINDS
+def test_a_network_comes_back_as_it_was(tmp_path, kind, load, network):
+    """J10: in eval mode, and without dropout even if someone calls train()."""
+    save_tiny(tmp_path / "p.pt", kind, network, TOKENIZER, step=7)
+    loaded, tokenizer, checkpoint = load(str(tmp_path / "p.pt"), "", CPU)
+    assert torch.equal(loaded(TOKENS), network(TOKENS)) and not loaded.training
+    assert torch.equal(loaded.train()(TOKENS), network(TOKENS))
+    assert tokenizer.name == "gpt2" and checkpoint["step"] == 7
+
+
+@KINDS
+def test_another_kind_and_an_unfinished_checkpoint_are_refused(tmp_path, kind, load, network):
+    path, other = str(tmp_path / "p.pt"), dict(policy="reward", reward="policy")[kind]
+    for given, says in ((other, f"holds a {other}.*, expected a {kind}"), (kind, "is not finished: run it")):
+        save_tiny(path, given, network, TOKENIZER, finished=False)
+        with pytest.raises(SystemExit, match=says):
+            load(path, "run it", CPU)
+    assert not sft.is_finished(path, kind) and not sft.is_finished(path + "x", kind)
+    save_tiny(path, kind, network, TOKENIZER)
+    assert sft.is_finished(path, kind)
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
+    path = tmp_path / "p.pt"
+    save_tiny(path, "policy", tiny_gpt(), TOKENIZER)
+    old, there = path.read_bytes(), os.listdir(tmp_path)
+
+    def half(_, temporary):
+        with open(temporary, "wb") as file:
+            file.write(old[: len(old) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(SystemExit, match=r"cannot write .*p.pt \(No space left on device\)"):
+        save_tiny(path, "policy", tiny_gpt(1), TOKENIZER)
+    assert path.read_bytes() == old and os.listdir(tmp_path) == there == ["p.pt"]
+
+
+class Trap:
+    """Unpickled, it would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("trapped",)
+
+
+@pytest.mark.parametrize("content", [tiny_gpt().state_dict(), dict(kind="policy", trap=Trap())])
+def test_a_foreign_file_ends_in_one_line_and_runs_no_code(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, "p.pt")
+    with pytest.raises(SystemExit, match="p.pt is damaged or is not a checkpoint of this project: delete it"):
+        sft.is_finished("p.pt")
+    assert not (tmp_path / "trapped").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# flags, checks, devices
+
+
+@pytest.mark.parametrize("argv, expected", [  # by the type of a field; dashes are underscores; a switch
+    (["--lr=3e-4", "--batch=16", "--shuffle=yes"], dict(lr=3e-4, batch=16, shuffle=True)),
+    (["--out=a=b", "--from=c", "--data="], dict(out="a=b", from_="c", data="")),
+    (["--shuffle", "--ptx-coef=2"], dict(shuffle=True, ptx_coef=2.0)),
+    (["--scale=tiny", "--lr=5"], dict(data.COMMON_SCALES["tiny"], scale="tiny", batch=2, lr=5.0)),
+])
+def test_flags_become_a_config(argv, expected):
+    scales = dict(tiny=dict(batch=2, lr=1e-2), cpu=dict())
+    assert sft.parse(Config, scales, ["--scale=cpu", *argv]) == Config(**expected)
+
+
+@pytest.mark.parametrize("stage", [sft, reward, ppo, eval])
+@pytest.mark.parametrize("scale", ["tiny", "cpu", "gpu", "gpt2"])
+def test_the_defaults_of_every_scale_are_in_range(stage, scale):
+    config = sft.parse(stage.Config, stage.SCALES, [f"--scale={scale}"])
+    sft.check_flags(config)
+    assert config.encoding == ("gpt2" if scale == "gpt2" else "bpe")
+
+
+@pytest.mark.parametrize("dtype", ["", "float32", "bfloat16"])
+def test_on_a_cpu_activations_are_float32_unless_asked_for(dtype):
+    with sft.autocast(CPU, dtype):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == getattr(torch, dtype or "float32")
+
+
+@pytest.mark.parametrize("platform, gigabytes", [("linux", 2.048), ("darwin", 0.002), ("win32", 0.0)])
+def test_memory_is_counted_in_kb_on_linux_in_bytes_on_macos(monkeypatch, platform, gigabytes):
+    resource = mock.Mock(**{"getrusage.return_value.ru_maxrss": 2_000_000})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sft, "resource", None if platform == "win32" else resource)  # Windows has none
+    monkeypatch.setattr(sys, "platform", platform)
+    assert sft.peak_memory_gb() == pytest.approx(gigabytes)

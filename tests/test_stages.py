@@ -1,6 +1,8 @@
 """The stages as a user meets them: the whole chain at tiny scale, stopping and going on,
 and what bad input gets."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -14,7 +16,6 @@ import torch
 
 import data
 import eval
-import model
 import ppo
 import reward
 import sft
@@ -25,123 +26,210 @@ STAGES = dict(sft=sft, reward=reward, ppo=ppo, eval=eval)
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory):
+def made(tmp_path_factory):
     """The folder of one whole tiny run, made by `python ppo.py --scale=tiny`, and what it printed."""
-    out = str(tmp_path_factory.mktemp("chain") / "out")
+    out = tmp_path_factory.mktemp("made") / "out"
     done = python("ppo.py", f"--out={out}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     return out, done.stdout
 
 
-def python(stage, *flags, **kwargs):
-    command = [sys.executable, stage, "--scale=tiny", "--device=cpu", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **kwargs)
+def command(stage, *flags):
+    return [sys.executable, stage, "--scale=tiny", "--device=cpu", *flags]
 
 
-def weights(path):
-    checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["finished"]
-    return checkpoint["weights"]
+def python(stage, *flags):
+    return subprocess.run(command(stage, *flags), cwd=ROOT, capture_output=True, text=True)
 
 
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def configure(stage, *flags):
+    return sft.parse(STAGES[stage].Config, STAGES[stage].SCALES, ["--scale=tiny", "--device=cpu", *flags])
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(a, b):
+    """Are two checkpoints, or parts of them, equal to the bit?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 # ------------------------------------------------------------------------------------------------------------
 # the chain
 
 
-def test_one_command_trains_what_is_missing_and_ends_in_the_table(chain):
-    out, printed = chain
+def test_one_command_trains_what_is_missing_and_ends_in_the_table(made):
+    out, printed = made
     for name in NAMES:
-        assert os.path.exists(os.path.join(out, f"{name}.pt"))
-        rows = [json.loads(line) for line in open(os.path.join(out, f"{name}.jsonl"))]
+        rows = rows_of(out / f"{name}.jsonl")
         assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
-    table = json.load(open(os.path.join(out, "table.json")))["table"]
+        assert name in ("reward", "ppo") or rows[-1]["valid_loss"] < rows[0]["valid_loss"] - 0.1  # it learns
+    table = json.loads((out / "table.json").read_text())["table"]
     models = {(row["model"], row["T"]) for row in table}
+    assert all(torch.load(out / f"{name}.pt")["finished"] for name in NAMES)
     assert models == {("GPT", 1), ("GPT prompted", 1), ("demonstrator", 1)} | {
         (name, T) for name in ("SFT", "PPO init", "PPO-ptx") for T in (0, 1)
     }
     assert "numbers above mean nothing" in printed
 
 
-def test_ppo_log_has_every_number_and_its_first_ratio_is_one(chain):
+def test_ppo_log_has_every_number_and_its_first_ratio_is_one(made):
     """J11, in the product: the first minibatch of every iteration."""
-    rows = [json.loads(line) for line in open(os.path.join(chain[0], "ppo.jsonl"))]
-    wanted = {"score", "kl", "kl3", "entropy", "clipfrac", "first_ratio", "explained_variance", "eot_rate",
-              "length", "ptx_loss", "gold",
-              "seconds_generate", "seconds_score", "seconds_update", "tokens_s", "memory_gb"}
+    rows = rows_of(made[0] / "ppo.jsonl")
+    wanted = "score kl kl3 entropy clipfrac first_ratio explained_variance eot_rate length ptx_loss gold "
+    wanted += "seconds_generate seconds_score seconds_update tokens_s memory_gb"
     for row in rows:
-        assert wanted <= row.keys()
-        assert abs(row["first_ratio"] - 1) < 1e-5
-    assert rows[0]["kl"] == 0  # before the first update the policy is the reference
+        assert row.keys() >= set(wanted.split()) and abs(row["first_ratio"] - 1) < 1e-5
+    assert rows[0]["kl"] == rows[0]["kl3"] == 0  # before the first update the policy is the reference
 
 
-def test_demonstrations_score_zero_on_average(chain):
-    """The bias shift before RL, J25."""
-    out = chain[0]
-    reward_model, checkpoint = model.load_reward(f"{out}/reward.pt", "", "cpu")
-    tokenizer = data.Tokenizer.from_state(checkpoint["tokenizer"])
-    pairs = data.encode_pairs(tokenizer, data.load("", "tiny", 1)["demonstrations"], 256)
-    assert abs(reward.mean_score(reward_model, pairs, "cpu")) < 1e-5
+def test_gold_takes_the_place_of_the_reward_model(made, tmp_path):
+    flags = ("--reward=gold", "--episodes=64", f"--out={tmp_path}", f"--from={made[0]}")
+    ppo.train(configure("ppo", *flags))
+    golden, normal = rows_of(tmp_path / "ppo.jsonl"), rows_of(made[0] / "ppo.jsonl")
+    assert all(row["score"] == row["gold"] for row in golden) and normal[0]["score"] != normal[0]["gold"]
+    assert golden[0]["gold"] == normal[0]["gold"]  # the same policy, prompts and luck
 
 
-def test_a_finished_stage_is_left_alone(chain):
-    before = {name: os.stat(os.path.join(chain[0], f"{name}.pt")).st_mtime_ns for name in NAMES}
-    assert python("ppo.py", f"--out={chain[0]}").returncode == 0
-    assert before == {name: os.stat(os.path.join(chain[0], f"{name}.pt")).st_mtime_ns for name in NAMES}
+def test_from_and_fresh(chain, tmp_path):
+    """What --out lacks is taken from --from; what is finished is left alone; --fresh makes ppo.pt anew, and
+    leaves earlier stages alone."""
+    flags = (*SMALL["ppo"], f"--data={chain}", f"--out={tmp_path}", f"--from={chain}")
+    times = lambda folder: {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
+    earlier = times(chain)
+    ppo.main(configure("ppo", *flags))
+    assert list(times(tmp_path)) == ["ppo.pt"]
+    shutil.copy(chain / "reward.pt", tmp_path)
+    before = times(tmp_path)
+    ppo.main(configure("ppo", *flags))
+    assert times(tmp_path) == before
+    ppo.main(configure("ppo", *flags, "--fresh", "--beta=0.7"))
+    after = times(tmp_path)
+    assert [name for name in after if after[name] != before[name]] == ["ppo.pt"] and times(chain) == earlier
+
+
+def test_shared_flags_reach_every_stage(tmp_path, monkeypatch):
+    """The other flags of an earlier stage are at the defaults of its own scale, --log_every and --fresh too."""
+    seen = {}
+    for name, module in STAGES.items():
+        part = "train" if name == "ppo" else "main"
+        monkeypatch.setattr(module, part, lambda config, name=name: seen.update({name: config}))
+    flags = f"--out={tmp_path} --max_new_tokens=9 --block_size=99 --document_length=33 --seed=5".split()
+    ppo.main(configure("ppo", *flags, "--log_every=3", "--fresh"))
+    own = dict(sft=(), reward=(), ppo=("--log_every=3", "--fresh"), eval=("--log_every=3", "--fresh"))
+    assert seen == {name: configure(name, *flags, *own[name]) for name in STAGES}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # stopping and going on
 
 
-def stop_and_go_on(stage, out, marker, how, *flags):
+def stop_and_go_on(stage, out, marker, how):
     """Start a stage, send it a signal as soon as `marker` is there and a moment has passed,
-    start it again to the end."""
-    command = [sys.executable, f"{stage}.py", "--scale=tiny", "--device=cpu", f"--out={out}"]
-    command += ["--save_seconds=0", *flags]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start it again to the end -> what the first said on stderr, and the second on stdout."""
+    flags, pipe = (f"{stage}.py", f"--out={out}", "--save_seconds=0"), subprocess.PIPE
+    process = subprocess.Popen(command(*flags), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     deadline = time.monotonic() + 60
     while not os.path.exists(marker) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(0.15)
     process.send_signal(how)
     message = process.communicate()[1]
-    stopped = process.returncode != 0
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return stopped, message, done.stdout
+    done = python(*flags)
+    assert process.returncode != 0 and done.returncode == 0, done.stderr
+    return message, done.stdout
 
 
 @pytest.mark.parametrize("stage, marker, makes", [
     ("sft", "base.pt", ("base", "sft", "ppo_init")),
     ("sft", "sft.pt", ("base", "sft", "ppo_init")),
-    ("reward", "comparisons.jsonl", ("reward",)),
+    ("reward", "comparisons.jsonl", ("comparisons", "reward")),
     ("reward", "reward.jsonl", ("reward",)),
     ("ppo", "ppo.pt", ("ppo",)),
 ])
-def test_killed_and_started_again_gives_the_same_bits(chain, tmp_path, stage, marker, makes):
+def test_killed_and_started_again_gives_the_same_bits(made, tmp_path, stage, marker, makes):
     """kill -9 at some moment of the stage; the weights then equal those of the run that was never stopped."""
-    made_by_sft = ("base", "sft", "ppo_init")
-    earlier = dict(sft=(), reward=made_by_sft, ppo=(*made_by_sft, "reward"))[stage]
-    for name in earlier:
-        shutil.copy(f"{chain[0]}/{name}.pt", tmp_path)
-    stopped, _, printed = stop_and_go_on(stage, str(tmp_path), str(tmp_path / marker), signal.SIGKILL)
-    assert stopped
+    for name in NAMES[: dict(sft=0, reward=3, ppo=4)[stage]]:
+        shutil.copy(made[0] / f"{name}.pt", tmp_path)
+    stop_and_go_on(stage, tmp_path, tmp_path / marker, signal.SIGKILL)
     for name in makes:
-        assert same_bits(weights(tmp_path / f"{name}.pt"), weights(f"{chain[0]}/{name}.pt"))
-        steps = [json.loads(line)["step"] for line in open(tmp_path / f"{name}.jsonl")]
-        assert steps == [json.loads(line)["step"] for line in open(f"{chain[0]}/{name}.jsonl")]
+        checkpoints = [torch.load(folder / f"{name}.pt", weights_only=True) for folder in (tmp_path, made[0])]
+        assert checkpoints[0]["finished"] and same(*checkpoints)
+        logs = [[row["step"] for row in rows_of(folder / f"{name}.jsonl")] for folder in (tmp_path, made[0])]
+        assert same(*logs)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(chain, tmp_path):
-    stopped, message, printed = stop_and_go_on("sft", str(tmp_path), str(tmp_path / "base.pt"), signal.SIGINT)
-    assert stopped
+def test_ctrl_c_saves_and_says_how_to_go_on(made, tmp_path):
+    message, printed = stop_and_go_on("sft", tmp_path, tmp_path / "base.pt", signal.SIGINT)
     assert "the same command goes on" in message and message.count("\n") == 1
     assert "going on from step" in printed
-    assert same_bits(weights(tmp_path / "base.pt"), weights(f"{chain[0]}/base.pt"))
+    assert same(*(torch.load(folder / "base.pt")["weights"] for folder in (tmp_path, made[0])))
+
+
+class Killed(BaseException):
+    """As kill -9, but that what stands behind `finally` still runs."""
+
+
+def run_to(line, function, *arguments):
+    """Call the function, and kill it when it comes to this line of the stages' code, counted as they come; -1:
+    let it live -> how many lines it came to."""
+    count, files = 0, {module.__file__ for module in (sft, reward, ppo)}
+
+    def trace(frame, event, _):
+        nonlocal count
+        if frame.f_code.co_filename in files:
+            count += event == "line"
+            if count == line:
+                raise Killed
+            return trace
+
+    sys.settrace(trace)
+    with contextlib.suppress(Killed):
+        function(*arguments)
+    sys.settrace(None)
+    return count
+
+
+SMALL = dict(
+    sft=("--base_steps=4", "--sft_epochs=2", "--ppo_init_epochs=1", "--n_layer=1", "--block_size=64"),
+    reward=("--epochs=2",),
+    comparisons=("--data=", "--max_new_tokens=6", "--k_max=4"),
+    ppo=("--episodes=48", "--rollout_size=16", "--minibatch_size=8", "--max_new_tokens=6"),
+)
+
+
+@pytest.mark.parametrize("stage", SMALL)
+def test_killed_at_any_line_and_started_again_gives_the_same_bits(chain, tmp_path, monkeypatch, capsys, stage):
+    """All that is in the checkpoints, and the numbers of the logs. Every step is saved."""
+    save, name = sft.Run.save, "reward" if stage == "comparisons" else stage
+    monkeypatch.setattr(sft.Run, "save", lambda run, **given: [save(run, **given), setattr(run, "wait", -1.0)])
+    monkeypatch.setattr(reward, "CHUNK", 20)  # of 73 prompts
+    for slow in ("World", "make_labelers"):
+        monkeypatch.setattr(data, slow, functools.cache(getattr(data, slow)))
+
+    def run(folder):
+        flags = (f"--data={chain}", f"--out={folder}", f"--from={chain}", "--log_every=1", "--save_seconds=0")
+        config = configure(name, *flags, *SMALL[stage])
+        ppo.train(config) if stage == "ppo" else STAGES[name].main(config)
+
+    def contents(folder):
+        found = {path.name: torch.load(path) for path in folder.glob("*.pt")}
+        for path in folder.glob("*.jsonl"):
+            keys = ("step", "loss", "score", "tokens")
+            found[path.name] = [[row.get(key) for key in keys] for row in rows_of(path)]
+        return found
+
+    lines, whole = run_to(-1, run, tmp_path / "whole"), contents(tmp_path / "whole")
+    for share in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99):
+        run_to(int(share * lines), run, tmp_path / str(share))
+        run(tmp_path / str(share))
+        assert len(whole) > 1 and same(contents(tmp_path / str(share)), whole)
+    assert "going on from step" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -150,149 +238,73 @@ def test_ctrl_c_saves_and_says_how_to_go_on(chain, tmp_path):
 
 def fails(stage, *flags):
     """The message a stage ends with. SystemExit with a text is exit status 1 and that text on stderr."""
-    module = STAGES[stage]
     with pytest.raises(SystemExit) as stop:
-        config = model.configure(module.Config, module.SCALES, ["--scale=tiny", "--device=cpu", *flags])
-        module.main(config)
-    message = stop.value.code
-    assert isinstance(message, str) and message.count("\n") == 0 and len(message) > 20
-    return message
+        STAGES[stage].main(configure(stage, *flags))
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code and len(stop.value.code) > 20
+    return stop.value.code
 
 
-def test_an_error_is_one_line_on_stderr_and_status_1():
-    done = python("ppo.py", "--bata=0.1")
+def test_an_error_is_one_line_on_stderr_and_status_1_but_help_is_none():
+    done, help = python("ppo.py", "--bata=0.1"), python("ppo.py", "--help")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--beta" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert help.returncode == 0 and "--beta=0.2\n" in help.stdout and "--from=\n" in help.stdout
 
 
 @pytest.mark.parametrize("stage, flags, says", [
-    ("ppo", ["--learning_rat=1"], "unknown flag"),
-    ("ppo", ["--episodes=many"], "expected a whole number"),
-    ("ppo", ["--beta"], "needs a value"),
-    ("ppo", ["--rollout_size=30"], "not a multiple of --minibatch_size"),
-    ("ppo", ["--rollout_size=0"], "expected at least 1"),
-    ("ppo", ["--lr=0"], "expected a number above 0"),
-    ("ppo", ["--beta=nan"], "expected a finite number"),
-    ("ppo", ["--episodes=1"], "less than one rollout"),
-    ("ppo", ["--device=tpu"], "use cpu or cuda"),
-    ("ppo", ["--scale=huge"], "choose one of"),
-    ("sft", ["--encoding=bytes"], "no encoding"),
-    ("reward", ["--k_min=1"], "at least 2"),
-    ("reward", ["--k_min=5", "--k_max=4"], "--k_max"),
+    ("ppo", "--learning_rat=1", "unknown flag --learning_rat=1: did you mean"),
+    ("ppo", "--episodes=2.5", "--episodes=2.5: expected a whole number"),
+    ("sft", "--train_on_prompts=maybe", "--train_on_prompts=maybe: expected true or false"),
+    ("ppo", "--beta", "--beta needs a value: write --beta=VALUE"),
+    ("ppo", "--scale=huge", "--scale=huge is unknown: choose one of tiny, cpu"),
+    ("ppo", "--rollout_size=30", "--rollout_size=30 is not a multiple of --minibatch_size=8"),
+    ("ppo", "--seed=-1", "--seed=-1: expected a whole number, not below 0"),
+    ("ppo", "--lr=nan", "--lr=nan: expected a number above 0"),
+    ("ppo", "--beta=inf", "--beta=inf: expected a number, not below 0"),
+    ("ppo", "--lam=1.5", "--lam=1.5: expected a number from 0 to 1"),
+    ("ppo", "--episodes=0", "--episodes=0: expected a whole number, at least 1"),
+    ("ppo", "--episodes=1", "--episodes=1 is less than one rollout of 32"),
+    ("sft", "--device=cuda:99", "--device=cuda:99: no such CUDA device is there: use --device=cpu"),
+    ("sft", "--dtype=float16", "--dtype=float16 is unknown: use float32 or bfloat16"),
+    ("sft", "--encoding=bytes", "no encoding"),
+    ("sft", "--n_head=3", "--n_head=3 does not divide --n_embd=32"),
+    ("sft", f"--out={__file__}/out", "cannot write there"),
+    ("reward", "--k_min=1", "at least 2"),
+    ("reward", "--k_max=3", "--k_max=3 is below --k_min=4"),
+    ("reward", "--seed=1", 'sft.pt not found: run "python sft.py" first'),
+    ("ppo", "--reward=silver", "--reward=silver is unknown"),
+    ("ppo", "--reward=gold --data=x", "--reward=gold needs the miniature world"),
+    ("ppo", "--ppo_init=no/such.pt", "no/such.pt not found: correct --ppo_init"),
+    ("ppo", "--sft=folder", "--sft=folder: expected the path of a .pt file"),  # it would be left unread
+    ("ppo", "--from=no/such", "--from=no/such: there is no such folder"),
 ])
 def test_bad_flags(tmp_path, stage, flags, says):
-    assert says in fails(stage, f"--out={tmp_path}", *flags)
+    assert says in fails(stage, f"--out={tmp_path}", *flags.split())
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".pt")]
 
 
-def test_missing_checkpoints_name_the_command(tmp_path):
-    assert 'python sft.py' in fails("reward", f"--out={tmp_path}")
-    assert "nowhere.pt not found" in fails("ppo", f"--out={tmp_path}", "--ppo_init=nowhere.pt")
-    assert "nowhere.pt not found" in fails("sft", f"--out={tmp_path}", "--base=nowhere.pt")
-
-
-def test_swapped_checkpoints(chain, tmp_path):
-    out = chain[0]
-    assert "holds a policy, expected a reward model" in fails("ppo", f"--out={out}", f"--reward={out}/sft.pt")
-    said = fails("ppo", f"--out={out}", f"--ppo_init={out}/reward.pt")
-    assert "holds a reward model, expected a policy" in said
+def test_swapped_checkpoints(made, tmp_path):
+    for flag, found, expected in (("reward", "sft", "a reward model"), ("ppo_init", "reward", "a policy")):
+        flags = f"--out={tmp_path}", f"--from={made[0]}", f"--{flag}={made[0]}/{found}.pt"
+        assert f"{found}.pt holds a" in fails("ppo", *flags) and f"expected {expected}" in fails("ppo", *flags)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "foreign", "empty"])
-def test_damaged_checkpoints(chain, tmp_path, damage):
-    for name in NAMES:
-        shutil.copy(f"{chain[0]}/{name}.pt", tmp_path)
-    path = tmp_path / "sft.pt"
-    contents = {"cut short": path.read_bytes()[:5000], "foreign": b"PK a zip that is none", "empty": b""}
-    content = contents[damage]
-    path.write_bytes(content)
-    assert "is damaged or is not a checkpoint" in fails("ppo", f"--out={tmp_path}")
-    assert path.read_bytes() == content
+def test_damaged_checkpoints(made, tmp_path, damage):
+    raw = (made[0] / "sft.pt").read_bytes()
+    raw = {"cut short": raw[:5000], "foreign": b"PK a zip that is none", "empty": b""}[damage]
+    (tmp_path / "sft.pt").write_bytes(raw)
+    assert "is damaged or is not a checkpoint" in fails("ppo", f"--out={tmp_path}", f"--from={made[0]}")
+    assert (tmp_path / "sft.pt").read_bytes() == raw
 
 
-def test_other_flags_are_named_and_the_finished_model_stays(chain):
-    before = open(f"{chain[0]}/ppo.pt", "rb").read()
-    message = fails("ppo", f"--out={chain[0]}", "--beta=0.3")
-    assert f"--beta={ppo.Config.beta} there, 0.3 now" in message and "--out" in message
-    assert open(f"{chain[0]}/ppo.pt", "rb").read() == before
-
-
-@pytest.mark.parametrize("flag", ["--k_min=3", "--max_new_tokens=20", "--sft={out}/ppo_init.pt"])
-def test_comparisons_collected_otherwise_are_not_used(chain, tmp_path, flag):
-    """Without reward.pt nothing but comparisons.json holds the flags that they were collected with."""
-    for name in ("base.pt", "sft.pt", "comparisons.json", "comparisons.jsonl", "comparisons_valid.jsonl"):
-        shutil.copy(f"{chain[0]}/{name}", tmp_path)
-    message = fails("reward", f"--out={tmp_path}", flag.format(out=chain[0]))
-    assert f"{tmp_path}/comparisons.jsonl" in message and "delete them or choose another --out" in message
-    assert not os.path.exists(tmp_path / "reward.pt")
-
-
-def test_models_of_two_encodings(chain, tmp_path):
-    for name in NAMES[:4]:
-        shutil.copy(f"{chain[0]}/{name}.pt", tmp_path)
-    checkpoint = torch.load(tmp_path / "reward.pt", weights_only=True)
+def test_models_of_two_encodings(made, tmp_path):
+    checkpoint = torch.load(made[0] / "reward.pt", weights_only=True)
     checkpoint["tokenizer"]["tokens"][300:302] = reversed(checkpoint["tokenizer"]["tokens"][300:302])
     torch.save(checkpoint, tmp_path / "reward.pt")
-    assert "different encodings" in fails("ppo", f"--out={tmp_path}")
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    blocker = tmp_path / "file"
-    blocker.write_text("not a folder")
-    assert "cannot write there" in fails("sft", f"--out={blocker}/out")
-
-
-def test_no_space_left_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    path = str(tmp_path / "x.pt")
-    model.save_checkpoint(path, kind="policy", step=1)
-
-    def full(obj, file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit, match="No space left"):
-        model.save_checkpoint(path, kind="policy", step=2)
-    monkeypatch.undo()
-    assert torch.load(path, weights_only=True)["step"] == 1 and os.listdir(tmp_path) == ["x.pt"]
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_step(tmp_path):
-    message = fails("sft", f"--out={tmp_path}", "--base_lr=1e30", "--save_seconds=0")
-    assert "at step" in message and "base.pt" in message
-    checkpoint = torch.load(tmp_path / "base.pt", weights_only=True)
-    assert all(torch.isfinite(w).all() for w in checkpoint["weights"].values())
-
-
-def write_folder(folder, **files):
-    for name, rows in files.items():
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return f"--data={folder}"
-
-
-GROUP = dict(prompt="say a", responses=["a", "b"], ranks=[1, 2])
-
-
-@pytest.mark.parametrize("rows, says", [
-    ([GROUP, "{not json"], "comparisons.jsonl:2"),
-    ([GROUP, dict(GROUP, responses=["a"], ranks=[1])], "comparisons.jsonl:2"),
-    ([dict(GROUP, ranks=[1, 1])], "tied"),
-    ([], "empty"),
-    ([dict(prompt="say a", responses=["a", "b"])], "comparisons.jsonl:1"),
-])
-def test_bad_data_names_file_and_line(tmp_path, rows, says):
-    assert says in fails("sft", f"--out={tmp_path}/out", write_folder(tmp_path, comparisons=rows))
+    said = fails("ppo", f"--out={tmp_path}", f"--from={made[0]}")
+    assert "reward.pt has another encoding than the policy" in said
 
 
 def test_data_that_is_not_utf8(tmp_path):
-    (tmp_path / "comparisons.jsonl").write_bytes(json.dumps(GROUP).encode() + b"\n\xff\xfe\n")
+    (tmp_path / "comparisons.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}\n')
     assert "UTF-8" in fails("sft", f"--out={tmp_path}/out", f"--data={tmp_path}")
-
-
-def test_rows_longer_than_the_context(tmp_path, capsys):
-    long = "word " * 400
-    flag = write_folder(
-        tmp_path, comparisons=[GROUP] * 20, demonstrations=[dict(prompt=long, response="a")] * 12
-    )
-    message = fails("sft", f"--out={tmp_path}/out", flag)
-    assert "longer than 256 tokens" in message and "--block_size" in message
