@@ -23,7 +23,7 @@ Reward model: none is predicted, its scalar is read at the last real token. PPO:
 for kl, rewards, values and advantages. eot is always an action, padding never: were padding eot too (as
 where GPT-2's one special token serves as both) and all of it masked, no model would learn to stop.
 
-The file in order: what RLHF needs of its data, 250 lines; below the bar, not needed to follow the
+The file in order: what RLHF needs of its data; below the bar, not needed to follow the
 algorithm, the miniature world (its words and patterns are plain text under assets/world), simulated
 labelers, the tokenizer, dataset files, importers (`python data.py import FORMAT FILE.. --out=DIR`).
 """

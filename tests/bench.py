@@ -1,7 +1,7 @@
 """
 Benchmarks: how fast is this, beside transformers and TRL? Not a test: nothing here passes or fails.
 
-    python tests/bench.py                            everything the README's table shows; 35 minutes
+    python tests/bench.py                            everything; 35 minutes
     python tests/bench.py generation ppo --sizes=A   some of it
     python tests/bench.py ppo --dtype=bfloat16       all contestants in bfloat16
 
