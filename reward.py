@@ -26,6 +26,7 @@ import json
 import os
 import random
 import runpy
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -275,7 +276,14 @@ def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
     its sampled ids (a text encoded again may fall into other tokens than those that were sampled).
     """
     ignore = ("epochs", "batch", "lr", "grad_clip", "folds")
-    run = Run(name, "comparisons", config, ignore, mixture=str(mixture))
+    weights = [
+        weight.cpu().numpy().tobytes() for source in mixture if source in policies
+        for weight in policies[source].state_dict().values()
+    ]
+    run = Run(
+        name, "comparisons", config, ignore, mixture=str(mixture),
+        weights_of_the_sources=zlib.crc32(b"".join(weights)),  # other samples, other comparisons
+    )
     if not run.finished:
         run.begin(-(-len(tasks) // CHUNK), None, None)
     for step in run if not run.finished else ():

@@ -339,3 +339,10 @@ def test_rows_that_do_not_fit_are_dropped_and_counted(capsys):
     assert "dropped 1 of 2 prompts" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="all 1 prompts"):
         data.fitting(["abcdef"], len, 3, "prompts")
+
+
+@pytest.mark.parametrize("reply", ["owl and duck. owl and duck.", "owl and duck. that is all i can say."])
+def test_saying_it_twice_and_filler_are_padding(world, reply):
+    parts = world.gold(task(["has owl", "has duck"]), reply)
+    assert parts["padded"] == 1 and parts["gold"] == pytest.approx(5 * parts["fluent"] - 0.5)
+    assert world.gold(task(["has owl", "has duck"]), "owl and duck.")["padded"] == 0

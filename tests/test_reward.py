@@ -348,3 +348,14 @@ def test_every_comparison_fits_and_has_different_responses(chain, tmp_path, caps
         run(chain, tmp_path, **dict(flags, k_min=2))
     run(chain, tmp_path, **flags, lr=0.1)  # has no part in collecting
     assert (tmp_path / "reward.pt").exists()
+
+
+def test_comparisons_of_another_supervised_model_are_not_used(chain, tmp_path):
+    flags = dict(data="", k_min=3, k_max=4, max_new_tokens=6)
+    run(chain, tmp_path, **flags)
+    (tmp_path / "reward.pt").unlink()
+    other = torch.load(chain / "sft.pt", weights_only=True)
+    other["weights"]["transformer.ln_f.weight"] += 0.1
+    torch.save(other, tmp_path / "sft.pt")
+    with pytest.raises(SystemExit, match="comparisons.pt was made with other flags .--weights_of_the_sources="):
+        run(chain, tmp_path, **flags)  # --out comes before --from
