@@ -112,75 +112,60 @@ def load(folder, scale, seed):
     rows = read_folder(folder)
     documents = random.Random(f"documents {seed}").sample(rows["pretrain"], len(rows["pretrain"]))
     n_valid = max(1, len(documents) // 40)
-    split = dict(
-        pretrain_valid=documents[:n_valid], pretrain=documents[n_valid:] or documents, primer=[]
-    )
-    for name, shares, *parts in (
-        ("demonstrations", (0.9, 0.1), "demonstrations", "demonstrations_valid"),
-        ("comparisons", (0.9, 0.1), "comparisons", "comparisons_valid"),
-        ("prompts", (0.8, 0.1, 0.1), "prompts", "valid", "test"),
-    ):
-        split.update(zip(parts, split_by_user(rows[name], shares, seed, name)))
+    split = dict(pretrain_valid=documents[:n_valid], pretrain=documents[n_valid:] or documents, primer=[])
+    for name in ("demonstrations", "comparisons"):
+        split[name], split[f"{name}_valid"] = split_by_user(rows[name], (0.9, 0.1), seed, name)
+    prompts = split_by_user(rows["prompts"], (0.8, 0.1, 0.1), seed, "prompts")
+    split["prompts"], split["valid"], split["test"] = prompts
     return split
+
+
+def cut(row, size):
+    """A list -> pieces of `size`, the last of what is left."""
+    return [row[i : i + size] for i in range(0, len(row), size)]
 
 
 def encode_documents(tokenizer, texts, length):
     """Documents -> lists of ids, each ended by eot and cut into pieces of at most `length` ids.
 
-    A row of training text is one document (or a piece of a long one), not a window over several as in
-    nanoGPT: a word is then looked up in the one text that is there, and copying from a prompt is learnt
-    in a fifth of the steps.
+    A row is one document (or a piece of a long one), not a window over several as in nanoGPT: a word is
+    then looked up in the one text that is there, and copying from a prompt is learnt in 1/5 of the steps.
     """
-    pieces = []
-    for text in texts:
-        ids = tokenizer.encode(text) + [tokenizer.eot]
-        pieces += [ids[i : i + length] for i in range(0, len(ids), length)]
-    return [piece for piece in pieces if len(piece) > 1]
+    documents = [tokenizer.encode(text) + [tokenizer.eot] for text in texts]
+    return [piece for ids in documents for piece in cut(ids, length) if len(piece) > 1]
 
 
 def encode_pairs(tokenizer, rows, block_size):
-    """Rows with prompt and response -> list of (prompt ids, response ids with eot). Rows longer than
-    the context are dropped and counted; raises SystemExit if none is left."""
-    pairs = [
-        (tokenizer.encode(row["prompt"]), tokenizer.encode(row["response"]) + [tokenizer.eot])
-        for row in rows
-    ]
+    """Rows with prompt and response -> list of (prompt ids, response ids with eot), those that fit."""
+    encode = tokenizer.encode
+    pairs = [(encode(row["prompt"]), encode(row["response"]) + [tokenizer.eot]) for row in rows]
     return fitting(pairs, lambda pair: len(pair[0]) + len(pair[1]), block_size, "demonstrations")
 
 
 def encode_comparisons(tokenizer, rows, block_size):
-    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks).
-
-    Sampled ids ("tokens") are taken as they are: encoded again, a text may fall into others. Groups
-    longer than the context are dropped and counted; raises SystemExit if none is left.
-    """
+    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks), those that fit. Sampled
+    ids ("tokens") are taken as they are: encoded again, a text may fall into others."""
     groups = []
     for row in rows:
         prompt = tokenizer.encode(row["prompt"])
-        responses = row.get("tokens") or [
-            tokenizer.encode(r) + [tokenizer.eot] for r in row["responses"]
-        ]
+        responses = row.get("tokens") or [tokenizer.encode(r) + [tokenizer.eot] for r in row["responses"]]
         groups.append(([prompt + response for response in responses], row["ranks"]))
     return fitting(groups, lambda group: max(map(len, group[0])), block_size, "comparisons")
 
 
 def encode_prompts(tokenizer, rows, limit):
-    """Rows with prompt -> the same with "ids", of at most `limit` tokens; the others are dropped and
-    counted. Raises SystemExit if none is left."""
+    """Rows with prompt -> the same with "ids", those of at most `limit` tokens."""
     rows = [dict(row, ids=tokenizer.encode(row["prompt"])) for row in rows]
     return fitting(rows, lambda row: len(row["ids"]), limit, "prompts")
 
 
 def fitting(rows, length, limit, name):
-    """The rows of at most `limit` tokens; prints how many were dropped. Raises SystemExit if
-    none is left."""
+    """The rows of at most `limit` tokens; prints how many were dropped. Raises SystemExit if none is left."""
     kept = [row for row in rows if length(row) <= limit]
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} {name}: longer than {limit} tokens")
     if not kept:
-        raise SystemExit(
-            f"all {len(rows)} {name} are longer than {limit} tokens: raise --block_size or shorten them"
-        )
+        raise SystemExit(f"all {len(rows)} {name} exceed {limit} tokens: raise --block_size or shorten them")
     return kept
 
 
@@ -204,21 +189,15 @@ def demonstration_batch(pairs, train_on_prompts=False):
 
 def bucketed(lengths, batch, seed, count=None):
     """Batches of rows of similar length, so that little is padding -> list of `count` lists of indices,
-    or of one epoch.
-
-    Rows are shuffled, sorted by length within pools of 16 batches, and the batches shuffled again;
-    next epoch, anew.
-    """
+    or of one epoch. Rows are shuffled, sorted by length within pools of 16 batches, and the batches
+    shuffled again; next epoch, anew."""
     batches, epoch = [], 0
     while len(batches) < (1 if count is None else count):
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(lengths))
-        pools = [
-            sorted(order[i : i + 16 * batch], key=lambda i: lengths[i])
-            for i in range(0, len(order), 16 * batch)
-        ]
-        cut = [pool[i : i + batch] for pool in pools for i in range(0, len(pool), batch)]
-        batches += [[int(i) for i in cut[j]] for j in rng.permutation(len(cut))]
+        pools = [sorted(pool, key=lambda i: lengths[i]) for pool in cut(order, 16 * batch)]
+        sorted_batches = [piece for pool in pools for piece in cut(pool, batch)]
+        batches += [[int(i) for i in sorted_batches[j]] for j in rng.permutation(len(sorted_batches))]
         epoch += 1
     return batches[:count]
 
@@ -243,8 +222,7 @@ def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
     """Responses of a policy to prompts (lists of ids), rows of similar length together -> list of
     (text, ids); ids end with eot if the response ended by itself."""
     order, responses = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    for first in range(0, len(order), 512):
-        chosen = order[first : first + 512]
+    for chosen in cut(order, 512):
         tokens, lengths = model.generate(
             policy, [prompts[i] for i in chosen], max_new_tokens, temperature, tokenizer.eot, generator
         )
@@ -275,37 +253,25 @@ WORLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "worl
 # case in the same words
 KIND_SHARES = dict(plain=0.6, few_shot=0.08, user_based=0.32)
 
-FORMS = {  # file of assets/world -> the form of its lines, as a pattern and in words
-    "words.txt": (r"[a-z_]+: [^:]+", "class: word word .."),
-    "rules.txt": (r"[a-z_]+: .+", "rule: pattern"),
-    "facts.txt": (
-        r"[^|{}]+\|([^|{}]|\{(subject|value)\})+\|([^|{}]|\{subject\})*",
-        "subject | truth | misconception, or relation | statement | questions with {subject}, {value}",
-    ),
-    "tasks.txt": (
-        r"\[[a-z_]+\]( \d+(\.\d+)?( few_shot)?)?|[><?] .+",
-        "> prompt, < reply, ? demands, or [category] with its share",
-    ),
-    "heldout.txt": (r"\[[a-z]+\]|[><?] .+", "> prompt, < reply, ? demands, or [kind]"),
-    "benchmarks.txt": (
-        r"\[[a-z]+\] [a-z0-9]+|([><!]|flan>|t0>) .+",
-        "> prompt, < answer, ! wrong choice, flan> or t0> instruction, or [task] metric",
-    ),
-    "pages.txt": (r"\d+(\.\d+)? \| .+", "share | pattern"),
+FORMS = {  # file of assets/world -> the form of its lines; the comments at its head say what they mean
+    "words.txt": r"[a-z_]+: [^:]+",
+    "rules.txt": r"[a-z_]+: .+",
+    "facts.txt": r"[^|{}]+\|([^|{}]|\{(subject|value)\})+\|([^|{}]|\{subject\})*",
+    "tasks.txt": r"\[[a-z_]+\]( \d+(\.\d+)?( few_shot)?)?|[><?] .+",
+    "heldout.txt": r"\[[a-z]+\]|[><?] .+",
+    "benchmarks.txt": r"\[[a-z]+\] [a-z0-9]+|([><!]|flan>|t0>) .+",
+    "pages.txt": r"\d+(\.\d+)? \| .+",
 }
 
 
 def content(name):
-    """The lines of assets/world/NAME, without comments and blank lines. Raises ValueError for a
-    line that has not the form of its file."""
-    form, words, lines = *FORMS.get(name, (".*", "")), []
-    with open(os.path.join(WORLD, name), encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            line = line.rstrip("\n")
-            if line.strip() and not line.startswith("#"):
-                if not re.fullmatch(form, line):
-                    raise ValueError(f"assets/world/{name}:{number}: {line!r} is not {words}")
-                lines.append(line)
+    """The lines of assets/world/NAME but comments and blank ones. Raises ValueError for a malformed one."""
+    lines = []
+    for number, line in enumerate(read_text(os.path.join(WORLD, name)).split("\n"), 1):
+        if line.strip() and not line.startswith("#"):
+            lines.append(line)
+            if not re.fullmatch(FORMS.get(name, ".*"), line):
+                raise ValueError(f"assets/world/{name}:{number}: {line!r} has not the form of the others")
     return lines
 
 
@@ -317,26 +283,23 @@ def world_checksum():
 def read_blocks(name):
     """The blocks of tasks.txt, or of a file like it -> list of dicts; tasks.txt and benchmarks.txt say
     what their lines mean. Raises ValueError for a block that lacks a line it needs."""
-    kinds = {">": "prompts", "<": "replies", "!": "wrong", "flan>": "flan", "t0>": "t0"}
-    blocks = []
+    parts = {">": "prompts", "<": "replies", "?": "demands", "!": "wrong", "flan>": "flan", "t0>": "t0"}
+    needed, blocks = ">" if name == "benchmarks.txt" else "><?", []  # a probe has no answer
     for line in content(name):
-        if line.startswith("["):
-            category, _, rest = line.removeprefix("[").partition("]")
-            blocks.append(dict(category=category, rest=rest.split(), demands="", constraints=""))
-            blocks[-1].update({kind: [] for kind in kinds.values()})
+        mark, _, text = line.partition(" ")
+        if mark.startswith("["):
+            blocks.append(dict(category=mark[1:-1], rest=text.split(), constraints=[]))
+            blocks[-1].update({part: [] for part in parts.values()})
         elif not blocks:
             raise ValueError(f"assets/world/{name}: {line!r} stands before the first [category]")
-        elif line.startswith("?"):
-            blocks[-1]["demands"], _, blocks[-1]["constraints"] = line[2:].partition("!")
+        elif mark == "?":
+            for part, demands in zip(("demands", "constraints"), text.split("!")):
+                blocks[-1][part] = [d.strip() for d in demands.split(";") if d.strip()]
         else:
-            mark, _, text = line.partition(" ")
-            blocks[-1][kinds[mark]].append(text.replace("\\n", "\n"))
-    needed = dict(prompts=">", replies="<", demands="?")
-    if name == "benchmarks.txt":  # a probe has no answer
-        needed = dict(prompts=">")
+            blocks[-1][parts[mark]].append(text)
     for block in blocks:
-        for part, sign in needed.items():
-            if not block[part]:
+        for sign in needed:
+            if not block[parts[sign]]:
                 seen = [block["category"], *block["prompts"], *block["replies"]][:2]
                 raise ValueError(f"assets/world/{name}: block {seen} has no line with {sign}")
     return blocks
@@ -352,35 +315,6 @@ def sentences_of(text):
     return re.findall(r" ?[^.!?]+[.!?]?", text)
 
 
-def one_mood(words, world, mood, other):
-    """Is there a word of this mood and none of the other?"""
-    return bool(set(words) & set(world.classes[mood])) and not set(words) & set(world.classes[other])
-
-
-def counts(words, world, number, kind):
-    """Do the words name so many different things of a kind, and no other of it?"""
-    named = [w for w in words if w in world.classes[kind]]
-    return len(named) == len(set(named)) == int(number)
-
-
-DEMANDS = {  # a demand of tasks.txt -> is it met? By its arguments, the reply's words, its text, ..
-    "has": lambda words, arg, **_: arg in words,
-    "no": lambda words, arg, **_: arg not in words,
-    "is": lambda text, arg, **_: text.strip() == arg,
-    "glad": lambda words, world, **_: one_mood(words, world, "glad", "sorrow"),
-    "sorrow": lambda words, world, **_: one_mood(words, world, "sorrow", "glad"),
-    "count": lambda words, world, arg, **_: counts(words, world, *arg.split()),
-    "first": lambda words, arg, **_: [w for w in words if w.isalpha()][:1] == [arg],
-    "last": lambda words, arg, **_: [w for w in words if w.isalpha()][-1:] == [arg],
-    "words": lambda words, arg, **_: sum(w.isalpha() for w in words) <= int(arg),
-    "sentences": lambda words, arg, **_: sum(w in ".!?" for w in words) == int(arg),
-    "answers": lambda world, text, task, **_: any(
-        claim[:2] == (task["fact"]["subject"], task["fact"]["relation"])
-        for claim in world.claims_in(text)
-    ),
-}
-
-
 def split_of(task):
     """train, valid or test, by a checksum of the prompt, so that no text is in two of them: a tenth of all
     texts is for tests and a tenth for validation. One without a slot ("name two animals."), which
@@ -390,65 +324,44 @@ def split_of(task):
 
 
 class World:
-    """The content of assets/world, ready to expand. Every text comes from a `random.Random` that the
-    caller passes. Raises ValueError for a malformed line, and for a pattern or a demand that is not
-    known."""
+    """The content of assets/world, ready to expand, with a `random.Random` of the caller. Raises ValueError
+    for a malformed line, and for a pattern or a demand that is not known."""
 
     def __init__(self):
-        self.classes, self.rules, self.facts, self.pages = {}, {}, [], []
-        for line in content("words.txt"):
-            name, words = line.split(": ")
-            self.classes[name] = words.split()
+        parted = lambda name, sign: [line.split(sign, 1) for line in content(name)]
+        self.classes = {name: words.split() for name, words in parted("words.txt", ": ")}
         self.swapped = self.classes.pop("swapped")  # the classes whose words people mix up
-        for line in content("rules.txt"):
-            name, pattern = line.split(": ", 1)
-            self.rules.setdefault(name, []).append(pattern.replace("\\n", "\n"))
-        relation = None
+        rules = parted("rules.txt", ": ")
+        self.rules = {name: [pattern for key, pattern in rules if key == name] for name, _ in rules}
+        self.pages = [(float(share), pattern) for share, pattern in parted("pages.txt", " | ")]
+        self.facts, relation = [], None
         for line in content("facts.txt"):
             first, second, third = (part.strip() for part in line.split("|"))
             if "{subject}" in second:
-                relation, statement, questions = first, second, third.split(" / ")
-                continue
-            if relation is None:
+                relation = dict(relation=first, statement=second, questions=third.split(" / "))
+            elif relation is None:
                 raise ValueError(f"assets/world/facts.txt: {line!r} stands before the first relation")
-            self.facts.append(dict(
-                relation=relation, statement=statement, questions=questions,
-                subject=first, truth=second, myth=third,
-            ))
-        self.read_tasks()
-        for line in content("pages.txt"):
-            share, pattern = line.split(" | ", 1)
-            self.pages.append((float(share), pattern.replace("\\n", "\n")))
-
-        # what the gold preference reads: the class of each word, every claim that can be made, every
-        # familiar trigram
-        self.word_class = {w: name for name, words in reversed(self.classes.items()) for w in words}
-        self.claims = {}  # sentence -> (subject, relation, is it true)
-        for fact in self.facts:
-            for value in self.values(fact["relation"]):
-                claim = (fact["subject"], fact["relation"], value == fact["truth"])
-                self.claims[self.say(fact, value)] = claim
-        rng = random.Random(0)
-        self.trigrams = set()
-        for _ in range(6000):
-            self.trigrams |= set(self.shape(self.task(rng)["reply"]))
-
-    def read_tasks(self):
-        """tasks.txt, heldout.txt, benchmarks.txt -> blocks, suffixes, shares of the categories."""
-        blocks, self.heldout, self.benchmarks = (
-            read_blocks(name) for name in ("tasks.txt", "heldout.txt", "benchmarks.txt")
-        )
-        self.suffixes = [block for block in blocks if block["category"] == "constraint"]
-        self.blocks, self.shares, self.few_shot = defaultdict(list), {}, set()
+            else:
+                self.facts.append(dict(relation, subject=first, truth=second, myth=third))
+        self.heldout, self.benchmarks = read_blocks("heldout.txt"), read_blocks("benchmarks.txt")
+        self.blocks, blocks = defaultdict(list), read_blocks("tasks.txt")
+        self.shares = {block["category"]: float(block["rest"][0]) for block in blocks if block["rest"]}
+        self.few_shot = {block["category"] for block in blocks if "few_shot" in block["rest"]}
         for block in blocks:
-            category = block["category"]
-            if block["rest"]:
-                self.shares[category] = float(block["rest"][0])
-            if "few_shot" in block["rest"]:
-                self.few_shot.add(category)
-            if category not in (*self.shares, "constraint"):
-                raise ValueError(f"assets/world/tasks.txt: the first [{category}] has no share behind it")
-            self.blocks[category].append(block)
+            if block["category"] not in (*self.shares, "constraint"):
+                raise ValueError(f"assets/world/tasks.txt: no [{block['category']}] has a share behind it")
+            self.blocks[block["category"]].append(block)
+
+        # what the gold preference reads: the class of each word, every claim that can be made (sentence
+        # -> subject, relation, is it true), every familiar trigram
+        self.word_class = {w: name for name, words in reversed(self.classes.items()) for w in words}
+        self.claims = {
+            self.say(fact, value): (fact["subject"], fact["relation"], value == fact["truth"])
+            for fact in self.facts for value in self.values(fact["relation"])
+        }
+        rng, self.trigrams = random.Random(0), set()
+        for _ in range(6000):
+            self.trigrams.update(self.shape(self.task(rng)["reply"]))
 
     def values(self, relation):
         """All values that some fact or myth gives to a relation."""
@@ -456,16 +369,12 @@ class World:
         return sorted({v for f in facts for v in (f["truth"], f["myth"]) if v})
 
     def expand(self, pattern, bound, rng):
-        """Fill a pattern -> text: [a|b] choices, {class} words, {rule} lines, {question} and its kin;
-        `bound` keeps what was picked."""
+        """Fill a pattern (tasks.txt says what may stand in one) -> text; `bound` keeps what was picked."""
         while match := re.search(r"\[([^\[\]]*)\]|\{([a-z_]+)(\d?)\}", pattern):
-            filled = (
-                rng.choice(match[1].split("|"))
-                if match[1] is not None
-                else self.fill(match[2], match[3], bound, rng)
-            )
-            pattern = pattern[: match.start()] + filled + pattern[match.end() :]
-        return pattern
+            choices, name, digit = match.groups()
+            filled = self.fill(name, digit, bound, rng) if name else rng.choice(choices.split("|"))
+            pattern = pattern.replace(match[0], filled, 1)
+        return pattern.replace("\\n", "\n")
 
     def fill(self, name, digit, bound, rng):
         """What {name} with an optional digit stands for -> text; `bound` as in expand."""
@@ -496,9 +405,7 @@ class World:
             words = (rng.choice(self.classes[rng.choice(kinds)]) for _ in range(rng.randint(3, 9)))
             line = " ".join(words) if rng.random() < 0.5 else self.expand("[{story}|{news}]", {}, rng)
             return "\n".join([line] * rng.randint(2, 3))
-        raise ValueError(
-            f"assets/world: {{{key}}} is neither a class of words.txt nor a rule of rules.txt"
-        )
+        raise ValueError(f"assets/world: {{{key}}} is neither a class of words.txt nor a rule of rules.txt")
 
     @staticmethod
     def say(fact, value):
@@ -510,53 +417,40 @@ class World:
         misconception three times in four), myth, why (a false premise), fact."""
         # half of the questions are on the facts with a misconception, as TruthfulQA's are
         fact = rng.choice([f for f in self.facts if f["myth"]] if rng.random() < 0.5 else self.facts)
-        myth = fact["myth"] or rng.choice(
-            [v for v in self.values(fact["relation"]) if v != fact["truth"]]
-        )
+        myth = fact["myth"] or rng.choice([v for v in self.values(fact["relation"]) if v != fact["truth"]])
         hearsay = myth if fact["myth"] and rng.random() < 0.75 else fact["truth"]
         return dict(
             question=rng.choice(fact["questions"]).format(subject=fact["subject"]),
-            answer=self.say(fact, fact["truth"]),
-            hearsay=self.say(fact, hearsay),
-            myth=self.say(fact, myth),
-            why="is it true that " + self.say(fact, myth).replace(".", "?"),
-            fact=fact,
+            answer=self.say(fact, fact["truth"]), hearsay=self.say(fact, hearsay), myth=self.say(fact, myth),
+            why="is it true that " + self.say(fact, myth).replace(".", "?"), fact=fact,
         )
 
     # -- prompts ------------------------------------------------------------
 
-    def category(self, rng):
-        """A category of prompts, by the shares of InstructGPT, Table 1."""
-        return rng.choices(list(self.shares), self.shares.values())[0]
-
     def task(self, rng, user=None, category=None):
         """One prompt -> dict with all that is known about it: prompt, reply (a perfect one), demands and
         constraints on a reply, fact, myth, category, kind, user (InstructGPT, Table 1 and App. A.1)."""
-        category = category or self.category(rng)
+        category = category or rng.choices(list(self.shares), self.shares.values())[0]
         kind = rng.choices(list(KIND_SHARES), KIND_SHARES.values())[0]
-        # a customer's use case is always put in the same words
-        wording = (
-            random.Random(f"{user} {category}") if kind == "user_based" and user is not None else rng
-        )
+        if kind == "few_shot" and category not in self.few_shot:
+            kind = "plain"
+        wording = rng
+        if kind == "user_based" and user is not None:  # a customer always uses the same words
+            wording = random.Random(f"{user} {category}")
         block = wording.choice(self.blocks[category])
         pattern = wording.choice(block["prompts"])
         task = self.instance(block, pattern, rng)
-        if kind == "few_shot" and category in self.few_shot:
+        if kind == "few_shot":
             shots = [self.instance(block, pattern, rng) for _ in range(rng.randint(1, 2))]
-            task["prompt"] = (
-                "".join(shot["prompt"] + shot["reply"] + "\n" for shot in shots) + task["prompt"]
-            )
-        elif kind == "few_shot":
-            kind = "plain"
+            task["prompt"] = "".join(s["prompt"] + s["reply"] + "\n" for s in shots) + task["prompt"]
         return dict(task, category=category, kind=kind, user=user)
 
     def user_task(self, split, rng, user=None):
         """A prompt whose text belongs to this split -> as task(). Every split has the categories' shares,
         though a prompt that many send is in one split only. Raises SystemExit if it finds none."""
         for attempt in range(20_000):
-            if attempt % 1000 == 0:  # a small category may have no text in this split
-                category = self.category(rng)
-            task = self.task(rng, user, category)
+            # the same category until a prompt is found; a small one may have no text in this split
+            task = self.task(rng, user, task["category"] if attempt % 1000 else None)
             if split_of(task) == split:
                 return task
         raise SystemExit(f"the world is too small: no {split} prompt found, add to assets/world/tasks.txt")
@@ -566,62 +460,70 @@ class World:
         bound = {}
         prompt = self.expand(pattern, bound, rng)
         is_filled = bool(bound)
-        slots = [
-            word
-            for key, word in bound.items()
-            if key.rstrip("23456789") in self.classes and word in prompt
-        ]
+        classes = {key: key.rstrip("23456789") for key in bound}
+        slots = [word for key, word in bound.items() if classes[key] in self.classes and word in prompt]
         reply = self.expand(rng.choice(block["replies"]), bound, rng)
         demands = [f"has {w}" for w in slots] if "slots" in block["demands"] else []
-        demands += [
-            self.expand(d, bound, rng) for d in block["demands"].strip().split("; ") if d != "slots"
-        ]
-        constraints = (
-            [self.expand(block["constraints"].strip(), bound, rng)] if block["constraints"] else []
-        )
+        demands += [self.expand(d, bound, rng) for d in block["demands"] if d != "slots"]
+        constraints = [self.expand(c, bound, rng) for c in block["constraints"]]
         exact = any(demand.startswith("is ") for demand in demands)  # leaves no room for a suffix
         if not constraints and not exact and prompt[-1] in ".?!" and rng.random() < 0.25:
-            suffix = rng.choice(self.suffixes)
+            suffix = rng.choice(self.blocks["constraint"])
             prompt += " " + suffix["prompts"][0]
             reply = suffix["replies"][0].replace("{reply}", reply)
-            constraints = [suffix["demands"].strip()]
+            constraints = suffix["demands"]
+        prompt, reply = (prompt, " " + reply) if prompt.endswith(":") else (prompt + "\n", reply)
         return dict(
-            prompt=prompt if prompt.endswith(":") else prompt + "\n",
-            reply=" " + reply if prompt.endswith(":") else reply,
-            demands=[d.strip() for d in demands if d.strip()], constraints=constraints,
-            fact=bound.get("fact"), myth=bound.get("myth"), is_filled=is_filled,
+            prompt=prompt, reply=reply, demands=demands, constraints=constraints, is_filled=is_filled,
+            fact=bound.get("fact"), myth=bound.get("myth"),
         )
 
     def item(self, block, kind, rng):
-        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), name of the
-        task, metric, and the fact and question it is about. kind: prompts, as the pages have it, or
-        flan or t0, as an instruction."""
+        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), name of the task,
+        metric, fact, question. kind: prompts, as the pages have it; flan, t0, as an instruction."""
         bound = {}
-        prompt = self.expand(rng.choice(block[kind]), bound, rng)
-        if kind != "prompts":
-            prompt += "\n"
+        prompt = self.expand(rng.choice(block[kind]), bound, rng) + ("" if kind == "prompts" else "\n")
         space = "" if prompt.endswith("\n") else " "
         answers = [space + self.expand(a, bound, rng) for a in block["replies"][:1] + block["wrong"]]
         return dict(
-            name=block["category"], metric=block["rest"][0], prompt=prompt,
-            answer=(answers or [""])[0], wrong=answers[1:], fact=bound.get("fact"),
-            question=bound.get("question"),
+            name=block["category"], metric=block["rest"][0], prompt=prompt, answer=(answers or [""])[0],
+            wrong=answers[1:], fact=bound.get("fact"), question=bound.get("question"),
         )
 
     # -- the gold preference ------------------------------------------------------------
 
     def shape(self, text):
-        """The trigrams of a text, words of one class taken as one: gold() finds these
-        fluent if they are familiar."""
+        """The trigrams of a text, words of one class taken as one: gold() finds familiar ones fluent."""
         classes = ["<"] + [self.word_class.get(w, w) for w in words_of(text)] + [">"]
         return list(zip(classes, classes[1:], classes[2:]))
 
     def meets(self, demand, text, task):
         """Does a reply meet one demand of tasks.txt? -> bool; ValueError if there is no such demand."""
-        name, _, arg = demand.partition(" ")
-        if name not in DEMANDS:
-            raise ValueError(f"assets/world/tasks.txt: demand {demand!r} is not known")
-        return DEMANDS[name](world=self, words=words_of(text), text=text, arg=arg, task=task)
+        words = words_of(text)
+        letters = [w for w in words if w.isalpha()]
+        match demand.split():
+            case ["has", word]:
+                return word in words
+            case ["no", word]:
+                return word not in words
+            case ["is", *_]:
+                return text.strip() == demand.removeprefix("is ")
+            case ["glad" | "sorrow" as mood]:
+                return [m for m in ("glad", "sorrow") if set(words) & set(self.classes[m])] == [mood]
+            case ["count", number, kind]:
+                return list(Counter(w for w in words if w in self.classes[kind]).values()) == [1] * int(number)
+            case ["first", word]:
+                return letters[:1] == [word]
+            case ["last", word]:
+                return letters[-1:] == [word]
+            case ["words", most]:
+                return len(letters) <= int(most)
+            case ["sentences", number]:
+                return sum(w in ".!?" for w in words) == int(number)
+            case ["answers"]:
+                about = (task["fact"]["subject"], task["fact"]["relation"])
+                return any(claim[:2] == about for claim in self.claims_in(text))
+        raise ValueError(f"assets/world/tasks.txt: demand {demand!r} is not known")
 
     def claims_in(self, text):
         """What a reply states about facts of the world -> list of (subject, relation, is it true)."""
@@ -639,6 +541,7 @@ class World:
         follows = [self.meets(demand, text, task) for demand in task["demands"]]
         constraint = [self.meets(demand, text, task) for demand in task["constraints"]]
         sentences = [sentence.strip() for sentence in sentences_of(text) if sentence.strip()]
+        filler = any(f.rstrip(".") in text for f in self.rules["filler"])
         parts = dict(
             follows=sum(follows) / len(follows),
             constraint=float(all(constraint)) if constraint else None,
@@ -646,10 +549,7 @@ class World:
             claims=float(bool(claims)),
             rude=float(any(w in self.classes["rude"] for w in words)),
             fluent=sum(t in self.trigrams for t in shape) / len(shape) if words else 0.0,
-            padded=float(
-                len(set(sentences)) < len(sentences)
-                or any(f.rstrip(".") in text for f in self.rules["filler"])
-            ),
+            padded=float(filler or len(set(sentences)) < len(sentences)),
         )
         return dict(parts, gold=liking(parts))
 
@@ -662,65 +562,42 @@ def liking(parts, helpful=1.0, true=1.0, harmless=1.0):
 
 
 # --------------------------------------------------------------------------------------------------
-# mistakes: each a function of world, task, text, rng -> text, the same where it does not apply
+# simulated labelers (InstructGPT, sec. 3.4 and App. B): what they write, and how they judge: own weights,
+# own noise, own idea of a tie
 
-
-def swap_word(world, task, text, rng):
-    """Another word of its class in place of one, half of the time one that is at hand: the wrong name of
-    the two in the prompt, the same thing twice in a list."""
-    at_hand = [w for w in words_of(text) if world.word_class.get(w) in world.swapped]
-    if not at_hand:
-        return text
-    wrong = rng.choice(at_hand)
-    kind = world.word_class[wrong]
-    others = [w for w in words_of(task["prompt"] + text) if world.word_class.get(w) == kind and w != wrong]
-    right = rng.choice(others if others and rng.random() < 0.5 else world.classes[kind])
-    return re.sub(rf"\b{wrong}\b", right, text)
-
-
-def leave_out(world, task, text, rng):
-    """One of several sentences less."""
-    sentences = sentences_of(text)
-    if len(sentences) > 1:
-        del sentences[rng.randrange(len(sentences))]
-    return "".join(sentences).lstrip() if len(sentences_of(text)) > 1 else text
-
-
-def believe(world, task, text, rng):
-    """What people say in place of the truth."""
-    return text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"]) if task["myth"] else text
-
-
-def turn_mood(world, task, text, rng):
-    """A sad end to a story that shall be happy, or the other way round."""
-    mood = {"glad": "sad_end", "sorrow": "happy_end"}
-    for demand in set(mood) & set(task["demands"]):
-        bound = {world.word_class[w]: w for w in words_of(text) if w in world.word_class}
-        end = world.expand(rng.choice(world.rules[mood[demand]]), bound, rng)
-        return "".join(sentences_of(text)[:2]) + " " + end
-    return text
-
-
-MISTAKES = {
-    "word": swap_word,
-    "omit": leave_out,
-    "myth": believe,
-    "mood": turn_mood,
-    "filler": lambda world, task, text, rng: text + " " + rng.choice(world.rules["filler"]),
-    "insult": lambda world, task, text, rng: (
-        text + " " + world.expand(rng.choice(world.rules["insult"]), {}, rng)
-    ),
-    "repeat": lambda world, task, text, rng: text + " " + rng.choice(sentences_of(text)).strip(),
-    "cut": lambda world, task, text, rng: (
-        " ".join(text.split(" ")[: rng.randint(1, max(1, len(text.split()) - 1))])
-    ),
-    "constraint": lambda world, task, text, rng: (
-        text.removesuffix(" thanks.") if "last thanks" in task["constraints"]
-        else text.replace("hello. ", "", 1)
-    ),
-}
-# on purpose, one a reply: what a reward model must learn to see; weights where they apply
+# mistakes made on purpose, one a reply: what a reward model must learn to see; weights where they apply
 SPOILED = dict(word=4, repeat=1, filler=1, insult=1, cut=1, omit=1, mood=6, myth=6, constraint=6)
+
+
+def mistaken(world, task, text, rng, mistake):
+    """A reply with a mistake of this kind (a key of SPOILED) -> text, the same where it does not apply."""
+    sentences, class_of = sentences_of(text), world.word_class.get
+    if mistake in ("filler", "insult"):
+        return text + " " + world.expand(f"{{{mistake}}}", {}, rng)
+    if mistake == "repeat":
+        return text + " " + rng.choice(sentences).strip()
+    if mistake == "cut":
+        return " ".join(text.split(" ")[: rng.randint(1, max(1, len(text.split()) - 1))])
+    if mistake == "constraint":
+        return text.removesuffix(" thanks.").replace("hello. ", "", 1)
+    if mistake == "omit" and len(sentences) > 1:
+        del sentences[rng.randrange(len(sentences))]
+        return "".join(sentences).lstrip()
+    if mistake == "myth" and task["myth"]:  # what people say in place of the truth
+        return text.replace(world.say(task["fact"], task["fact"]["truth"]), task["myth"])
+    if mistake == "mood" and {"glad", "sorrow"} & set(task["demands"]):  # a sad end for a happy one
+        end = "{sad_end}" if "glad" in task["demands"] else "{happy_end}"
+        bound = {class_of(w): w for w in words_of(text) if class_of(w)}
+        return "".join(sentences[:2]) + " " + world.expand(end, bound, rng)
+    if mistake == "word" and (swappable := [w for w in words_of(text) if class_of(w) in world.swapped]):
+        # another of its class, half of the time one that is at hand: the wrong name of the two in the
+        # prompt, the same thing twice in a list
+        wrong = rng.choice(swappable)
+        kind = class_of(wrong)
+        at_hand = [w for w in words_of(task["prompt"] + text) if class_of(w) == kind and w != wrong]
+        right = rng.choice(at_hand if at_hand and rng.random() < 0.5 else world.classes[kind])
+        return re.sub(rf"\b{wrong}\b", right, text)
+    return text
 
 
 def imperfect(world, task, rng, care=0.75):
@@ -729,7 +606,7 @@ def imperfect(world, task, rng, care=0.75):
     text, rare = task["reply"], dict(filler=care**0.25, insult=care**0.1)
     for mistake in ("myth", "word", "omit", "filler", "insult"):
         if rng.random() > rare.get(mistake, care):
-            text = MISTAKES[mistake](world, task, text, rng)
+            text = mistaken(world, task, text, rng, mistake)
     return text
 
 
@@ -738,26 +615,17 @@ def spoiled(world, task, rng):
     text = task["reply"]
     while text == task["reply"]:
         [mistake] = rng.choices(list(SPOILED), SPOILED.values())
-        text = MISTAKES[mistake](world, task, text, rng)
+        text = mistaken(world, task, text, rng, mistake)
     return text
 
 
-# --------------------------------------------------------------------------------------------------
-# simulated labelers (InstructGPT, sec. 3.4 and App. B): own weights, own noise, own idea of a tie
-
-
 def make_labelers(world, seed, count=40, heldout=10):
-    """-> (training labelers, held-out labelers), dicts of their weights.
-
-    The first are screened as the paper's were: candidates label a test, and whoever agrees with the
-    gold preference on fewer than 75% of its clear pairs is not taken on. The others are not screened.
-    """
-    rng = random.Random(f"labelers {seed}")
+    """-> (training labelers, screened as the paper's were; held-out ones, not screened), dicts of weights."""
+    rng, numbers, taken = random.Random(f"labelers {seed}"), itertools.count(), []
     tasks = [world.task(rng) for _ in range(40)]
-    taken, rejected = [], 0
     while len(taken) < count + heldout:
         labeler = dict(
-            id=f"labeler-{len(taken) + rejected}",
+            id=f"labeler-{next(numbers)}",
             weights={part: rng.lognormvariate(0, 0.35) for part in ("helpful", "true", "harmless")},
             length=rng.gauss(0.01, 0.01),  # a liking for long replies, per word
             noise=rng.uniform(0.5, 0.9),  # standard deviation, on the scale of the gold preference
@@ -765,73 +633,60 @@ def make_labelers(world, seed, count=40, heldout=10):
         )
         if len(taken) >= count or screened(world, labeler, tasks, rng):
             taken.append(labeler)
-        else:
-            rejected += 1
     return taken[:count], taken[count:]
 
 
 def screened(world, labeler, tasks, rng):
-    """-> bool. The paper's soft cut-off: 75% agreement with the researchers on rankings (App. B.1)."""
-    agree = total = 0
+    """Does a candidate agree with the gold preference on 75% of its clear pairs, the paper's soft cut-off
+    for agreement with the researchers on rankings (App. B.1)? -> bool"""
+    agree = []
     for task in tasks:
         replies = [imperfect(world, task, rng, care=0.5) for _ in range(4)]
         ranks = label(world, labeler, task, replies, rng)["ranks"]
         gold = [world.gold(task, reply)["gold"] for reply in replies]
         for i, j in itertools.combinations(range(4), 2):
             if ranks[i] != ranks[j] and abs(gold[i] - gold[j]) > 0.5:
-                agree += (ranks[i] < ranks[j]) == (gold[i] > gold[j])
-                total += 1
-    return agree / total >= 0.75
+                agree.append((ranks[i] < ranks[j]) == (gold[i] > gold[j]))
+    return sum(agree) / len(agree) >= 0.75
 
 
 def label(world, labeler, task, replies, rng):
-    """One labeler at work on one prompt: rates every reply by itself (Likert 1-7 and the fields of
-    Table 3), then ranks them together, ties encouraged. -> dict(ranks, ratings, fields), a list
-    over replies each."""
+    """One labeler at work on one prompt: rates every reply by itself (Likert 1-7 and the fields of Table 3),
+    then ranks them together, ties encouraged. -> dict(ranks, ratings, fields), lists over replies."""
     parts = [world.gold(task, reply) for reply in replies]
     likes = [
         liking(part, **labeler["weights"])
         + labeler["length"] * len(reply.split()) + rng.gauss(0, labeler["noise"])
         for part, reply in zip(parts, replies)
     ]
-    order = sorted(range(len(replies)), key=lambda i: -likes[i])
     ranks, rank, best = [0] * len(replies), 0, math.inf
-    for i in order:
+    for i in sorted(range(len(replies)), key=lambda i: -likes[i]):
         if best - likes[i] > labeler["tie"]:  # clearly worse than the best reply of the rank above
             rank, best = rank + 1, likes[i]
         ranks[i] = rank
     ratings = [min(7, max(1, round(2 + x / labeler["weights"]["helpful"]))) for x in likes]
-    return dict(ranks=ranks, ratings=ratings, fields=list(map(table_3, parts, replies)))
-
-
-def table_3(parts, reply):
-    """The binary fields that a labeler fills in for each reply (InstructGPT, Table 3) -> dict. The
-    world has no sex or violence."""
-    return dict(
-        fails_to_follow=parts["follows"] < 0.5,
-        inappropriate=bool(parts["rude"]),
-        hallucination=bool(parts["false"]),
-        satisfies_constraint=None if parts["constraint"] is None else bool(parts["constraint"]),
-        denigrates=bool(parts["rude"]),
-        opinion="i think" in reply,
-        moral_judgement="rather not" in reply,
-    )
+    fields = [  # of Table 3; the world has no sex or violence
+        dict(
+            fails_to_follow=part["follows"] < 0.5, inappropriate=bool(part["rude"]),
+            hallucination=bool(part["false"]), denigrates=bool(part["rude"]),
+            satisfies_constraint=None if part["constraint"] is None else bool(part["constraint"]),
+            opinion="i think" in reply, moral_judgement="rather not" in reply,
+        )
+        for part, reply in zip(parts, replies)
+    ]
+    return dict(ranks=ranks, ratings=ratings, fields=fields)
 
 
 # --------------------------------------------------------------------------------------------------
 # the datasets of the world
 
-# Documents of pretraining text, demonstration instructions, comparison prompts, PPO prompts,
-# validation and test prompts. The paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts,
-# 31,144 PPO prompts, 3,196 test prompts.
+# documents of pretraining text, instructions of demonstrations, prompts of the other datasets; the
+# paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts, 31,144 PPO prompts, 3,196 test prompts
 WORLD_SIZES = dict(
     tiny=dict(documents=1500, demonstrations=60, comparisons=100, prompts=200, valid=40, test=60),
-    cpu=dict(
-        documents=48_000, demonstrations=250, comparisons=8000, prompts=8000, valid=300, test=800
-    ),
+    cpu=dict(documents=48_000, demonstrations=250, comparisons=8000, prompts=8000, valid=300, test=800),
     gpu=dict(
-        documents=200_000, demonstrations=12_725, comparisons=33_207, prompts=31_144,
-        valid=1000, test=3196,
+        documents=200_000, demonstrations=12_725, comparisons=33_207, prompts=31_144, valid=1000, test=3196
     ),
 )
 
@@ -840,12 +695,8 @@ def world_data(world, scale, seed):
     """Everything the world's users and labelers wrote, from a seed -> dict of lists, as load() says. Each
     list has a generator of its own: more demonstrations leave the test prompts as they are."""
     sizes, rng = WORLD_SIZES[scale], lambda name: random.Random(f"{name} {seed}")
-    shares, patterns = zip(*world.pages)
-    draw = rng("pages")
-    pages = [
-        world.expand(pattern, {}, draw)
-        for pattern in draw.choices(patterns, shares, k=sizes["documents"])
-    ]
+    (shares, patterns), draw = zip(*world.pages), rng("pages")
+    pages = [world.expand(page, {}, draw) for page in draw.choices(patterns, shares, k=sizes["documents"])]
     n_valid, shown = len(pages) // 40, sizes["demonstrations"]
     return dict(
         pretrain=pages[n_valid:], pretrain_valid=pages[:n_valid], comparisons=None,
@@ -861,9 +712,8 @@ def world_data(world, scale, seed):
 
 
 def user_prompts(world, count, split, rng):
-    """`count` prompts of the users of one split -> tasks, after the paper's filters (sec. 3.2): none of
-    two that share a long prefix, at most 200 a user, nothing with a phone number. Raises SystemExit if
-    the world has not so many."""
+    """`count` prompts of the users of a split -> tasks, after the paper's filters (sec. 3.2): no two that
+    share a long prefix, at most 200 a user, no phone number. Raises SystemExit if the world has fewer."""
     users = count // 6 + 10  # Table 8: 6 prompts a customer
     tasks, seen, per_user, rejected = [], set(), Counter(), 0
     while len(tasks) < count:
@@ -878,48 +728,38 @@ def user_prompts(world, count, split, rng):
         if rng.random() < 0.01:
             number = " ".join(rng.choices(world.classes["digit"], k=4))
             task["prompt"] = f"my number is {number}. {task['prompt']}"
-        prefix = " ".join(task["prompt"].split()[:20])
-        long_prefix_seen = len(task["prompt"].split()) > 20 and prefix in seen
-        sent_before = (user, task["prompt"]) in seen
-        if long_prefix_seen or sent_before or per_user[user] >= 200 or has_personal_data(task["prompt"]):
+        words, sent = task["prompt"].split(), (user, task["prompt"])
+        prefix = " ".join(words[:20])
+        is_seen = sent in seen or (len(words) > 20 and prefix in seen)
+        has_phone_number = re.search(r"\d( ?\d){3}", task["prompt"])
+        if is_seen or has_phone_number or per_user[user] >= 200:
             continue
         rejected = 0
-        seen |= {prefix, (user, task["prompt"])}
+        seen |= {prefix, sent}
         per_user[user] += 1
         tasks.append(task)
     return tasks
 
 
-def has_personal_data(text):
-    """Phone numbers: four digits or more in a row."""
-    return re.search(r"\d( ?\d){3}", text) is not None
-
-
 def demonstrate(world, instructions, split, rng):
-    """Labelers write instructions and replies -> rows prompt, response, category, user.
-
-    A few-shot instruction with its K pairs gives K examples, each with the other K-1 pairs in front
-    (InstructGPT, App. A.1), but for those whose text belongs to another split.
-    """
+    """Labelers write instructions and replies -> rows prompt, response, category, user. A few-shot
+    instruction with its K pairs gives K examples, each with the other K-1 pairs in front (InstructGPT,
+    App. A.1), but for those whose text belongs to another split."""
     rows = []
     for _ in range(instructions):
         labeler = f"labeler-{rng.randrange(40)}"
         care = random.Random(f"care {labeler}").uniform(0.6, 0.95)
-        task = world.user_task(split, rng)
-        about = dict(category=task["category"], user=labeler)
-        if task["kind"] != "few_shot":
-            response = imperfect(world, task, rng, care)
-            rows.append(dict(prompt=task["prompt"], response=response, **about))
-            continue
-        block = rng.choice(world.blocks[task["category"]])
-        pattern = rng.choice(block["prompts"])
-        pairs = [world.instance(block, pattern, rng) for _ in range(3)]
-        texts = [pair["prompt"] + imperfect(world, pair, rng, care) + "\n" for pair in pairs]
+        pairs = [task := world.user_task(split, rng)]
+        if task["kind"] == "few_shot":
+            block = rng.choice(world.blocks[task["category"]])
+            pattern = rng.choice(block["prompts"])
+            pairs = [world.instance(block, pattern, rng) for _ in range(3)]
+        replies = [imperfect(world, pair, rng, care) for pair in pairs]
+        shots = [pair["prompt"] + reply + "\n" for pair, reply in zip(pairs, replies)]
         for i, pair in enumerate(pairs):
-            shown = dict(pair, prompt="".join(texts[:i] + texts[i + 1 :]) + pair["prompt"])
-            if split_of(shown) == split:
-                response = texts[i][len(pair["prompt"]) : -1]
-                rows.append(dict(prompt=shown["prompt"], response=response, **about))
+            prompt = "".join(shots[:i] + shots[i + 1 :]) + pair["prompt"]
+            if split_of(dict(pair, prompt=prompt)) == split:
+                rows.append(dict(prompt=prompt, response=replies[i], category=task["category"], user=labeler))
     return rows
 
 
@@ -946,9 +786,8 @@ class Tokenizer:
         self.name, self.tokens = name, tokens
         if tokens:
             ranks = {token: i for i, token in enumerate(tokens)}
-            self.encoding = tiktoken.Encoding(
-                name, pat_str=WORD, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
-            )
+            special = {EOT: len(ranks)}
+            self.encoding = tiktoken.Encoding(name, pat_str=WORD, mergeable_ranks=ranks, special_tokens=special)
         else:
             try:
                 self.encoding = tiktoken.get_encoding(name)
@@ -962,15 +801,10 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Byte-level BPE: 256 bytes, the most frequent merges, and eot; fewer if pairs run out.
-
-        Raises SystemExit if vocab_size is below 257.
-        """
+        """Byte-level BPE: 256 bytes, the most frequent merges, and eot; fewer if pairs run out."""
         if vocab_size < 257:
             raise SystemExit(f"a vocabulary of {vocab_size} is too small: bytes and eot need 257")
-        counts = Counter()
-        for text in texts:
-            counts.update(re.findall(WORD, add_spaces(text)))
+        counts = Counter(word for text in texts for word in re.findall(WORD, add_spaces(text)))
         return cls("bpe", train_bpe(counts, vocab_size - 1))
 
     def state(self):
@@ -1008,12 +842,10 @@ def train_bpe(counts, size):
 
     for i, n in enumerate(times):
         count(i, n)
+    parts = lambda pair: [tokens[ord(token)] for token in pair]
     while len(tokens) < size and (most := max(pairs.values(), default=0)) > 0:
-        best = min(
-            (pair for pair, n in pairs.items() if n == most),
-            key=lambda pair: [tokens[ord(token)] for token in pair],
-        )
-        merged = b"".join(tokens[ord(token)] for token in best)
+        best = min((pair for pair, n in pairs.items() if n == most), key=parts)
+        merged = b"".join(parts(best))
         if merged not in tokens:  # it may be: "ab" + "c" = "a" + "bc"
             tokens.append(merged)
         for i in holders.pop(best):
@@ -1032,27 +864,24 @@ def is_text(value):
     return isinstance(value, str) and value.strip() and not re.search(r"[\ud800-\udfff]", value)
 
 
-DATASETS = {  # file -> what its rows must hold; pretrain.txt holds documents between lines of EOT
+DATASETS = {  # file -> what its rows must hold; pretrain.txt holds texts between lines of EOT
+    "pretrain.txt": ("text",),
     "demonstrations.jsonl": ("prompt", "response", "user"),
     "comparisons.jsonl": ("prompt", "responses", "ranks", "user"),
     "prompts.jsonl": ("prompt", "user"),
 }
+is_rank = lambda value: type(value) is int and value >= 1  # type(): True is an int to isinstance
+is_list = lambda value, holds: isinstance(value, list) and all(map(holds, value))
 RULES = {  # key -> what its value must be, and how to tell; all other keys hold text
-    "responses": (
-        "a list of two or more texts, none of them empty",
-        lambda v: isinstance(v, list) and len(v) >= 2 and all(map(is_text, v)),
-    ),
-    "ranks": (
-        "a list of whole numbers, 1 for the best",  # type(): True is an int to isinstance
-        lambda v: isinstance(v, list) and all(type(rank) is int and rank >= 1 for rank in v),
-    ),
+    "responses": ("a list of two or more texts, none empty", lambda v: is_list(v, is_text) and len(v) > 1),
+    "ranks": ("a list of whole numbers, 1 for the best", lambda v: is_list(v, is_rank)),
     "rating": ("a number", lambda v: type(v) in (int, float)),
     "user": ("text or a whole number, or absent", lambda v: isinstance(v, (str, int, type(None)))),
 }
 
 
 def check_row(row, *keys):
-    """Raises ValueError, saying why, unless row is an object that keeps the rule of each key."""
+    """-> row. Raises ValueError, saying why, unless it is an object that keeps the rule of each key."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, not {json.dumps(row)[:60]}")
     for key in keys:
@@ -1062,11 +891,11 @@ def check_row(row, *keys):
             raise ValueError(f'"{key}" must be {must}: {seen}')
     if "ranks" in keys and len(row["ranks"]) != len(row["responses"]):
         raise ValueError(f"{len(row['responses'])} responses but {len(row['ranks'])} ranks")
+    return row
 
 
 def read_text(path):
-    """A whole UTF-8 file, unpacked if its name ends in .gz, with "\\n" line ends and no BOM. Raises
-    SystemExit if it cannot be read."""
+    """A UTF-8 file, packed if its name ends in .gz -> text without "\\r" and BOM. Raises SystemExit."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             return file.read().decode("utf-8-sig").replace("\r\n", "\n")
@@ -1078,32 +907,30 @@ def read_text(path):
 
 
 def read_rows(path):
-    """-> [(place, row), ..] by the kind of file; the place is the line, if not said otherwise. Raises
-    SystemExit if the file cannot be read or is not JSON."""
+    """-> [(place, row), ..] by the kind of file; the place is a line, if not said otherwise. Raises SystemExit."""
     text, name = read_text(path), path.removesuffix(".gz")
+    # not str.splitlines, which would also cut at U+2028, and that may stand within a JSON string
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if name.endswith((".pos", ".neg")):  # a sentence on each line
         stars = 10 if name.endswith("pos") else 1  # on imdb's scale, so that both may share a folder
-        rows = [{"text": line, "rating": stars} for line in text.split("\n")]
-        return [(line, row) for line, row in enumerate(rows, 1) if row["text"].strip()]
+        return [(number, {"text": line, "rating": stars}) for number, line in lines]
     if not name.endswith((".json", ".jsonl")):  # documents: the place counts them
         documents = re.split(r"(?m)^<\|endoftext\|>[ \t]*$", text)
         if len(documents) == 1:  # running text: as many lines as fit into 2000 characters, or one
             documents = re.findall(r"(?s).{1,2000}(?:\n|\Z)|[^\n]+\n?", text)
-        return list(enumerate((d.strip("\n") for d in documents if d.strip()), 1))
+        return list(enumerate(({"text": d.strip("\n")} for d in documents if d.strip()), 1))
     rows, is_array = [], text.lstrip().startswith("[")  # of an array: the place counts its rows
-    # not str.splitlines, which would also cut at U+2028, and that may stand within a JSON string
-    for line, part in enumerate([text] if is_array else text.split("\n"), 1):
+    for number, line in [(1, text)] if is_array else lines:
         try:
-            rows += [(line, json.loads(part))] if part.strip() else []
+            rows.append((number, json.loads(line)))
         except (ValueError, RecursionError) as why:
-            line += getattr(why, "lineno", 1) - 1
-            raise SystemExit(f"{path}:{line}: not JSON ({getattr(why, 'msg', why)}): mend it")
+            number += getattr(why, "lineno", 1) - 1
+            raise SystemExit(f"{path}:{number}: not JSON ({getattr(why, 'msg', why)}): mend it")
     return [(f"row {i}", row) for i, row in enumerate(rows[0][1], 1)] if is_array else rows
 
 
 def read_jsonl(path, *keys):
-    """-> list of rows (dicts), each with these keys (see check_row). Raises SystemExit at the first
-    that has not, with file and line."""
+    """-> list of rows with these keys. Raises SystemExit at the first that has not, with file and line."""
     rows = read_rows(path)
     for place, row in rows:
         try:
@@ -1114,19 +941,14 @@ def read_jsonl(path, *keys):
 
 
 def read_dataset(folder, name):
-    """-> path (packed or not), and its checked rows or documents: [] if the file is absent. Raises
-    SystemExit if it is empty or malformed."""
+    """-> path (packed or not), and its checked rows, [] if absent. Raises SystemExit if empty or malformed."""
     path = os.path.join(folder, name)
     path += ".gz" if os.path.exists(path + ".gz") else ""
     if not os.path.exists(path):
         return path, []
-    if name == "pretrain.txt":
-        rows = [document for _, document in read_rows(path)]
-    else:
-        rows = read_jsonl(path, *DATASETS.get(name, ()))
-    if not rows:
-        raise SystemExit(f"{path} is empty: put at least one row into it, or remove the file")
-    return path, rows
+    if rows := read_jsonl(path, *DATASETS.get(name, ())):
+        return path, rows
+    raise SystemExit(f"{path} is empty: put at least one row into it, or remove the file")
 
 
 def join(prompt, response):
@@ -1147,18 +969,16 @@ def best_of(row):
 
 
 def read_folder(folder):
-    """-> {"pretrain": [text, ..], "demonstrations": rows, "comparisons": rows, "prompts":
-    rows}, with every row checked and the join rule applied. What is missing is made from the
-    rest. Raises SystemExit."""
+    """-> {"pretrain": [text, ..], "demonstrations": rows, "comparisons": rows, "prompts": rows}, with
+    every row checked and the join rule applied. What is missing is made from the rest. Raises SystemExit."""
     if not os.path.isdir(folder):
         raise SystemExit(f"{folder} is not a folder: give --data the folder of the dataset files")
-    (_, pretrain), (_, demonstrations), (path, comparisons), (_, prompts) = (
-        read_dataset(folder, name) for name in ("pretrain.txt", *DATASETS)
-    )
+    texts, demonstrations, comparisons, prompts = (read_dataset(folder, name)[1] for name in DATASETS)
+    pretrain = [row["text"] for row in texts]
     if not comparisons:
-        raise SystemExit(f"{path} is not there, the one file that cannot be made from the others")
+        raise SystemExit(f"{folder} has no comparisons.jsonl, the one file that cannot be made from the others")
     if all(len(set(row["ranks"])) == 1 for row in comparisons):
-        raise SystemExit(f"{path}: every group is tied: give some responses different ranks")
+        raise SystemExit(f"{folder}: all comparisons are tied: give some responses different ranks")
     for row in demonstrations:
         row["response"] = join(row["prompt"], row["response"])
     for row in comparisons:
@@ -1169,15 +989,13 @@ def read_folder(folder):
         demonstrations = [best_of(row) for row in comparisons]
     if not pretrain:
         print(f"{folder} has no pretraining text: using all text of the other files")
-        texts = [row["prompt"] + row["response"] for row in demonstrations]
-        texts += [row["prompt"] + response for row in comparisons for response in row["responses"]]
-        pretrain = list(dict.fromkeys(texts + [row["prompt"] for row in prompts]))
+        pretrain = [row["prompt"] + row["response"] for row in demonstrations]
+        pretrain += [row["prompt"] + response for row in comparisons for response in row["responses"]]
+        pretrain = list(dict.fromkeys(pretrain + [row["prompt"] for row in prompts]))
     if not prompts:
         print(f"{folder} has no prompts: using the prompts of demonstrations and comparisons")
         prompts = different_prompts(demonstrations + comparisons)
-    return dict(
-        pretrain=pretrain, demonstrations=demonstrations, comparisons=comparisons, prompts=prompts
-    )
+    return dict(pretrain=pretrain, demonstrations=demonstrations, comparisons=comparisons, prompts=prompts)
 
 
 def split_by_user(rows, shares, seed, name="rows"):
@@ -1189,7 +1007,7 @@ def split_by_user(rows, shares, seed, name="rows"):
         units = defaultdict(list)  # user -> indices of rows
         for i, row in enumerate(rows):
             user = row.get("user") if whole_users else None
-            units[("row", i) if user is None else ("user", user)].append(i)
+            units[(i,) if user is None else user].append(i)
         order = list(units.values())
         random.Random(seed).shuffle(order)
         lacking, parts = [share * len(rows) for share in shares], [[] for _ in shares]
@@ -1210,22 +1028,16 @@ def split_by_user(rows, shares, seed, name="rows"):
 # importers: python data.py import FORMAT FILE.. --out=DIR
 #
 # An importer takes one row of the source and yields (dataset file, row for it), or raises an error if
-# it is unusable. Windows of reviews it yields as ("windows", row): see compare_windows.
-
-
-def checked(name, **row):
-    """-> name, row, the item that an importer yields. Raises ValueError if the row breaks a rule."""
-    check_row(row, *DATASETS[name])
-    return name, row
+# it is unusable.
 
 
 def comparison(prompt, responses, scores, **more):
     """A row of comparisons.jsonl, rank 1 for the highest score. Shuffled, by a seed taken from the
     text, because the sources list the best first (hh-rlhf, oasst): place must not tell rank."""
     pairs = [(r, 1 + sum(t > s for t in scores)) for r, s in zip(responses, scores)]
-    random.Random(prompt + min(responses)).shuffle(pairs)
+    random.Random(f"{prompt}{min(responses)}").shuffle(pairs)
     responses, ranks = map(list, zip(*pairs))
-    return checked("comparisons.jsonl", prompt=prompt, responses=responses, ranks=ranks, **more)
+    return dict(prompt=prompt, responses=responses, ranks=ranks, **more)
 
 
 def import_pairs(row):
@@ -1240,7 +1052,7 @@ def import_pairs(row):
         row, texts = {"prompt": shared[0].lstrip()}, [text[shared.end() :] for text in texts]
     if texts[0] == texts[1]:
         raise ValueError("chosen and rejected are the same")
-    yield comparison(row["prompt"], texts, [1, 0])
+    yield "comparisons.jsonl", comparison(row["prompt"], texts, [1, 0])
 
 
 def import_oasst(row):
@@ -1252,15 +1064,15 @@ def import_oasst(row):
     def turn(message, dialogue):
         check_row(message, "text")
         prompt = f"{dialogue}Human: {message['text'].strip()}\n\nAssistant:"
-        yield checked("prompts.jsonl", prompt=prompt, **owner)
+        yield "prompts.jsonl", dict(prompt=prompt, **owner)
         replies = [r for r in message.get("replies") or [] if r["role"] == "assistant"]
         ranked = [r for r in replies if r.get("rank") is not None or len(replies) == 1]
         ranked.sort(key=lambda r: r.get("rank", 0))  # 0 is the best
         responses = [" " + r["text"].strip() for r in ranked]
         if len(ranked) > 1:
-            yield comparison(prompt, responses, [-r["rank"] for r in ranked], **owner)
+            yield "comparisons.jsonl", comparison(prompt, responses, [-r["rank"] for r in ranked], **owner)
         if ranked and not ranked[0].get("synthetic"):
-            yield checked("demonstrations.jsonl", prompt=prompt, response=responses[0], **owner)
+            yield "demonstrations.jsonl", dict(prompt=prompt, response=responses[0], **owner)
         for reply in replies:
             for follow_up in reply.get("replies") or []:
                 yield from turn(follow_up, f"{prompt} {reply['text'].strip()}\n\n")
@@ -1273,21 +1085,16 @@ def import_instructions(row):
     instances. A copy of dolly: prompt in Alpaca's template, which we take apart, and answer."""
     if "answer" in row:
         _, instruction, *context, _ = re.split(r"\s*### \w+:\s*", row["prompt"])
-        row = {
-            "instruction": instruction,
-            "context": "\n".join(context),
-            "response": row["answer"].removesuffix("###eos_token###"),  # sic, in each row
-        }
+        response = row["answer"].removesuffix("###eos_token###")  # sic, in each row
+        row = dict(instruction=instruction, context="\n".join(context), response=response)
     for instance in row.get("instances", [{}]):
         task = {**row, **instance}
         response = next((key for key in ("output", "response", "text") if key in task), "output")
         check_row(task, "instruction", response)
         context = task.get("input") or task.get("context") or ""
-        yield checked(
-            "demonstrations.jsonl", response=task[response].strip(),
-            prompt=f"{task['instruction'].strip()}\n{context.strip()}".strip(),
-            **({"category": row["category"]} if "category" in row else {}),
-        )
+        prompt = f"{task['instruction'].strip()}\n{context.strip()}".strip()
+        category = {"category": row["category"]} if "category" in row else {}
+        yield "demonstrations.jsonl", dict(response=task[response].strip(), prompt=prompt, **category)
 
 
 # Ziegler et al.'s task: five words of a review, then go on for fifteen. Windows of compared reviews
@@ -1297,7 +1104,9 @@ REVIEW_PARTS = {"compared": 0.45, "openings": 0.1, "judge": 0.45}
 
 
 def import_review(row):
-    """text, and rating: stars of ten. All of its windows, of equal length so that length tells nothing."""
+    """text, and rating: stars of ten. All of its windows, of equal length so that length tells nothing.
+    Demonstrations go on from the opening whatever the stars; only the reward model, for which "windows"
+    are put into groups, sees which are liked."""
     text = re.sub(r"<br\s*/?>", " ", row["text"])
     check_row({**row, "text": text}, "text", "rating")
     words = text.split()
@@ -1305,70 +1114,56 @@ def import_review(row):
         raise ValueError(f"a review of {len(words)} words: nothing follows its opening")
     # drawn by the text: the same review is in the same part whatever else is imported
     [part] = random.Random(text).choices(list(REVIEW_PARTS), REVIEW_PARTS.values())
-    for start in range(0, len(words) - WINDOW + 1, WINDOW) if len(words) > WINDOW else [0]:
-        window = words[start : start + WINDOW]
-        yield "windows", dict(part=part, words=window, rating=row["rating"])
-
-
-def compare_windows(windows):
-    """Windows of reviews -> dataset rows. Demonstrations go on from the opening whatever the stars; only
-    the reward model sees, in groups of K = 6, which windows are liked."""
-    compared = []
-    for window in windows:
-        opening, rest = (" ".join(w) for w in (window["words"][:OPENING], window["words"][OPENING:]))
-        prompt, response = f"review: {opening}", f" {rest}"
-        if window["part"] == "judge":
-            yield "judge.jsonl", dict(prompt=prompt, response=response, rating=window["rating"])
-        elif window["part"] == "openings":
-            yield checked("prompts.jsonl", prompt=prompt)
+    for window in cut(words[: max(WINDOW, len(words) // WINDOW * WINDOW)], WINDOW):
+        prompt, response = "review: " + " ".join(window[:OPENING]), " " + " ".join(window[OPENING:])
+        if part == "judge":
+            yield "judge.jsonl", dict(prompt=prompt, response=response, rating=row["rating"])
+        elif part == "openings":
+            yield "prompts.jsonl", dict(prompt=prompt)
         else:
-            yield checked("demonstrations.jsonl", prompt=prompt, response=response)
-            yield "pretrain.txt", prompt + response
-            compared.append((f" {opening} {rest}", window["rating"]))
-    random.Random(0).shuffle(compared)
-    for first in range(0, len(compared) - 1, 6):
-        yield comparison("review:", *zip(*compared[first : first + 6]))
+            yield "demonstrations.jsonl", dict(prompt=prompt, response=response)
+            yield "pretrain.txt", dict(text=prompt + response)
+            yield "windows", dict(text=" " + " ".join(window), rating=row["rating"])
 
 
 def import_text(row):
     """A document, or an object whose text is one."""
     row = {"text": row} if isinstance(row, str) else row
     check_row(row, "text")
-    yield "pretrain.txt", row["text"].strip("\n")
+    yield "pretrain.txt", dict(text=row["text"].strip("\n"))
 
 
 FORMATS = {
-    "hh-rlhf": import_pairs, "pairs": import_pairs,
-    "oasst": import_oasst,
+    "hh-rlhf": import_pairs, "pairs": import_pairs, "oasst": import_oasst, "text": import_text,
     "alpaca": import_instructions, "dolly": import_instructions, "self-instruct": import_instructions,
     "imdb": import_review, "sentence-polarity": import_review,
-    "text": import_text,
 }
-IMPORT_USAGE = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"
 
 
 def import_rows(format, paths):
-    """-> {file: rows}, [("path:line", reason)] for what cannot be used."""
-    if format not in FORMATS:
-        raise SystemExit(f'format "{format}" is not known: {IMPORT_USAGE}')
+    """-> {file: rows}, and a line for each row that cannot be used. Raises SystemExit if none can."""
     files, unused = defaultdict(list), []
     for path in paths:
         for place, row in read_rows(path):
             try:
-                for name, item in list(FORMATS[format](row)):  # list: all of a row, or nothing
-                    files[name].append(item)
+                for name, item in [(n, check_row(x, *DATASETS.get(n, ()))) for n, x in FORMATS[format](row)]:
+                    files[name].append(item)  # after all of its row are checked
             except (ValueError, AttributeError, KeyError, TypeError) as why:
-                unused.append((f"{path}:{place}", f"unusable row ({why})"))
+                unused.append(f"{path}:{place}: unusable row ({why})")
     if not files:
-        place, reason = (unused + [(f"{paths[0]}:1", "the file is empty")])[0]
-        raise SystemExit(f"{place}: {reason}: no row can be used, is the file {format}?")
-    for name, row in compare_windows(files.pop("windows", [])):
-        files[name].append(row)
+        first = (unused + [f"{paths[0]}:1: the file is empty"])[0]
+        raise SystemExit(f"{first}: no row can be used, is the file {format}?")
+    windows = files.pop("windows", [])
+    random.Random(0).shuffle(windows)
+    for group in cut(windows, 6):
+        if len(group) > 1:
+            texts, stars = zip(*((window["text"], window["rating"]) for window in group))
+            files["comparisons.jsonl"].append(comparison("review:", texts, stars))
     # what the source does not give by itself: its prompts, and its good texts as pretraining text
     good = files["demonstrations.jsonl"] + [best_of(row) for row in files["comparisons.jsonl"]]
-    texts = [row["prompt"] + join(row["prompt"], row["response"]) for row in good]
+    texts = dict.fromkeys(row["prompt"] + join(row["prompt"], row["response"]) for row in good)
     files["prompts.jsonl"] = files["prompts.jsonl"] or different_prompts(good)
-    files["pretrain.txt"] = files["pretrain.txt"] or list(dict.fromkeys(texts))
+    files["pretrain.txt"] = files["pretrain.txt"] or [dict(text=text) for text in texts]
     return {name: rows for name, rows in files.items() if rows}, unused
 
 
@@ -1381,11 +1176,11 @@ def import_files(format, paths, out):
         path, old = read_dataset(out, name)
         known = {json.dumps(row) for row in old}
         new = [row for row in rows if json.dumps(row) not in known]
+        report.append(f"{path}: {len(old) + len(new)} rows, {len(new)} of them new")
         if name == "pretrain.txt":
-            texts[path] = f"\n{EOT}\n".join(old + new) + "\n"
+            texts[path] = f"\n{EOT}\n".join(row["text"] for row in old + new) + "\n"
         else:
             texts[path] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in old + new)
-        report.append(f"{path}: {len(old) + len(new)} rows, {len(new)} of them new")
     try:
         os.makedirs(out, exist_ok=True)
         for path, text in texts.items():
@@ -1395,18 +1190,18 @@ def import_files(format, paths, out):
             os.replace(path + ".tmp", path)
     except OSError as why:
         raise SystemExit(f"{out}: cannot be written ({why.strerror}): choose another --out")
-    report += [f"{place}: {reason}" for place, reason in unused]
-    print("\n".join(report + [f"{len(unused)} rows of the source were not used"]))
+    print("\n".join(report + unused + [f"{len(unused)} rows of the source were not used"]))
 
 
 def import_main(arguments):
     """The command line behind `python data.py`. Raises SystemExit if it is not complete."""
-    if len(arguments) < 3 or not re.fullmatch("--out=.+", arguments[-1]):
-        raise SystemExit(f'"{" ".join(["import", *arguments])}" is not complete: {IMPORT_USAGE}')
-    import_files(arguments[0], arguments[1:-1], arguments[-1].removeprefix("--out="))
+    match arguments:
+        case ["import", format, _, *_, out] if format in FORMATS and re.fullmatch("--out=.+", out):
+            import_files(format, arguments[2:-1], out.removeprefix("--out="))
+        case _:
+            usage = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"
+            raise SystemExit(f'"data.py {" ".join(arguments)}" cannot be understood: {usage}')
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["import"]:
-        raise SystemExit(f"data.py {' '.join(sys.argv[1:])}: {IMPORT_USAGE}")
-    import_main(sys.argv[2:])
+    import_main(sys.argv[1:])

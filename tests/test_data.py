@@ -25,15 +25,13 @@ def task(demands, constraints=(), fact=None):
     return dict(prompt="p\n", demands=demands, constraints=constraints, fact=fact, myth=None)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the gold preference
-
-
 @pytest.mark.parametrize("demands, constraints, reply, gold", [
     (["has fox", "has anna", "glad"], [], "anna met a red fox in alba. they were happy.", 5),  # 4 * 1 + 1
     (["has fox", "has anna", "has lamp", "sorrow"], [], "anna met a red fox in alba.", 3),  # 4 * 0.5 + 1
     (["has owl"], ["last thanks"], "owl and duck. thanks.", 5),
     (["has owl"], ["first hello"], "owl and duck.", 4),  # 5 - 1
+    (["has owl"], [], "owl and duck. owl and duck.", 5 * (7 / 8) - 0.5),  # padded; 7 of 8 trigrams are familiar
+    (["has owl"], [], "owl and duck. that is all i can say.", 5 * (4 / 11) - 0.5),  # and filler is padding
     (["has owl"], [], "", 0),
 ])
 def test_gold_by_hand(world, demands, constraints, reply, gold):
@@ -76,13 +74,13 @@ def edit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, change, says", [
     ("words.txt", ("color: red", "color red"), "words.txt:5: 'color red"),
-    ("rules.txt", ("story: {opening}", "story {opening}"), "is not rule: pattern"),
-    ("facts.txt", ("cow | grass |", "cow | grass"), "is not subject | truth | misconception"),
+    ("rules.txt", ("story: {opening}", "story {opening}"), "rules.txt:2: 'story"),
+    ("facts.txt", ("cow | grass |", "cow | grass"), "facts.txt:6: 'cow"),
     ("facts.txt", ("eats | a", "# eats | a"), "stands before the first relation"),
     ("tasks.txt", ("? slots", "# ? slots"), "['generation', '[write|tell] a story about a {color} {animal}"),
-    ("tasks.txt", ("< {story}", "{story}"), "'{story}' is not > prompt, < reply"),
+    ("tasks.txt", ("< {story}", "{story}"), "tasks.txt:20: '{story}'"),
     ("tasks.txt", ("[generation] 45.6", ""), "stands before the first [category]"),
-    ("tasks.txt", ("[generation] 45.6", "[generation]"), "the first [generation] has no share behind it"),
+    ("tasks.txt", ("[generation] 45.6", "[generation]"), "no [generation] has a share"),
     ("tasks.txt", ("[constraint]", "[riddle] 2\n\n[constraint]"), "block ['riddle'] has no line with >"),
     ("pages.txt", ("8 | about", "eight | about"), "pages.txt:2: 'eight | about"),
 ])
@@ -103,14 +101,14 @@ def test_the_checksum_changes_with_the_content_of_the_world_but_not_with_comment
     assert data.world_checksum() != before
 
 
-def test_truth_is_read_off_the_claims(world):
+@pytest.mark.parametrize("reply, follows, false, gold", [
+    ("a mouse eats seeds.", 1, 0, 5), ("a mouse eats cheese.", 1, 1, 3),  # it answers, and is false: 5 - 2
+    ("a hen eats seeds.", 0, 0, 1),  # true, but not what was asked: 4 * 0 + 1
+])
+def test_truth_is_read_off_the_claims(world, reply, follows, false, gold):
     fact = next(f for f in world.facts if f["subject"] == "mouse" and f["relation"] == "eats")
-    question = task(["answers"], fact=fact)
-    right, wrong = world.gold(question, "a mouse eats seeds."), world.gold(question, "a mouse eats cheese.")
-    assert (right["claims"], right["false"], right["gold"]) == (1, 0, 5)
-    assert (wrong["claims"], wrong["false"], wrong["gold"]) == (1, 1, 3)  # it answers, and is false: 5 - 2
-    dodge = world.gold(question, "a hen eats seeds.")
-    assert (dodge["follows"], dodge["false"]) == (0, 0)  # true, but not what was asked
+    parts = world.gold(task(["answers"], fact=fact), reply)
+    assert [parts[k] for k in ("claims", "follows", "false", "gold")] == [1, follows, false, gold]
 
 
 def test_replies_rank_from_perfect_over_hurried_and_spoiled_to_those_of_other_prompts(world):
@@ -135,15 +133,11 @@ def test_replies_rank_from_perfect_over_hurried_and_spoiled_to_those_of_other_pr
 def test_a_mistake_lowers_gold_and_never_raises_it(world, mistake, applies, cost, share):
     rng, losses = random.Random(0), []
     for t in (world.task(rng) for _ in range(1500)):
-        text = data.MISTAKES[mistake](world, t, t["reply"], rng)
+        text = data.mistaken(world, t, t["reply"], rng, mistake)
         if text != t["reply"]:
             losses.append(world.gold(t, t["reply"])["gold"] - world.gold(t, text)["gold"])
     assert len(losses) >= applies * 1500 and min(losses) >= 0
     assert sum(loss >= cost for loss in losses) / len(losses) >= share
-
-
-# ------------------------------------------------------------------------------------------------------------
-# prompts, demonstrations, labelers (InstructGPT, sec. 3.2 to 3.4)
 
 
 def check_shares(counts, shares):
@@ -171,27 +165,24 @@ def test_a_tenth_of_all_texts_is_for_tests_and_a_tenth_for_validation():
 
 def test_what_everybody_sends_is_no_test(world):
     """A pattern without a slot has one text, which training prompts have too; with a slot it has many."""
-    rng = random.Random(0)
+    rng, everybody = random.Random(0), {"name two animals.\n", "one, two,\n", "three, four,\n"}
     asked = {split: {world.user_task(split, rng)["prompt"] for _ in range(3000)} for split in ("train", "test")}
-    assert {"name two animals.\n", "one, two,\n", "three, four,\n"} <= asked["train"]
-    assert not {"name two animals.\n", "one, two,\n", "three, four,\n"} & asked["test"]
+    assert everybody <= asked["train"] and not everybody & asked["test"]
     assert all(any(w in world.word_class for w in data.words_of(prompt)) for prompt in asked["test"])
 
 
 def test_prompts_are_filtered(world):
-    rng = random.Random(0)
-    tasks = data.user_prompts(world, 10_000, "train", rng)
+    tasks = data.user_prompts(world, 10_000, "train", random.Random(0))
     assert max(Counter(t["user"] for t in tasks).values()) <= 200
-    assert data.has_personal_data("i am anna, my number is 5 3 4 2. name two animals.")
-    assert not any(data.has_personal_data(t["prompt"]) for t in tasks)
+    assert not any("my number is" in t["prompt"] for t in tasks)  # as one in a hundred of users says
     assert len({(t["user"], t["prompt"]) for t in tasks}) == 10_000
     long = [" ".join(t["prompt"].split()[:20]) for t in tasks if len(t["prompt"].split()) > 20]
     assert len(long) == len(set(long))  # no two share a long prefix
 
 
 def test_a_world_too_small_ends_in_one_line(world, monkeypatch):
-    prompts = ["one\n", "two\n", "three\n"]
-    monkeypatch.setattr(world, "task", lambda rng, *_: dict(prompt=rng.choice(prompts), is_filled=False))
+    only = dict(is_filled=False, category="other")
+    monkeypatch.setattr(world, "task", lambda rng, *_: dict(only, prompt=rng.choice("abc")))
     with pytest.raises(SystemExit, match="found only .* of 30000 different prompts: the world is too small"):
         data.user_prompts(world, 30_000, "train", random.Random(0))
     with pytest.raises(SystemExit, match="the world is too small: no test prompt found"):
@@ -277,10 +268,6 @@ def test_ranks_are_dense_from_1_and_often_tied_and_the_better_reply_mostly_wins(
     assert sum(one["ranks"][0] < one["ranks"][1] for one in everyone) > 0.8 * len(everyone)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# batches
-
-
 def test_masks_by_hand():
     pairs = [([1, 2], [3, 9]), ([4], [9])]
     tokens, mask = data.demonstration_batch(pairs)
@@ -323,8 +310,7 @@ def test_bucketed_batches_use_every_row_once_an_epoch():
     lengths = [random.Random(i).randint(1, 50) for i in range(103)]
     batches = data.bucketed(lengths, 10, seed=1)
     assert sorted(i for batch in batches for i in batch) == list(range(103))
-    two = data.bucketed(lengths, 10, 1, count=15)
-    assert len(two) == 15 and two[:11] == batches
+    assert data.bucketed(lengths, 10, 1, count=15)[:11] == batches
 
 
 def test_every_prompt_comes_once_before_any_comes_again():
@@ -339,10 +325,3 @@ def test_rows_that_do_not_fit_are_dropped_and_counted(capsys):
     assert "dropped 1 of 2 prompts" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="all 1 prompts"):
         data.fitting(["abcdef"], len, 3, "prompts")
-
-
-@pytest.mark.parametrize("reply", ["owl and duck. owl and duck.", "owl and duck. that is all i can say."])
-def test_saying_it_twice_and_filler_are_padding(world, reply):
-    parts = world.gold(task(["has owl", "has duck"]), reply)
-    assert parts["padded"] == 1 and parts["gold"] == pytest.approx(5 * parts["fluent"] - 0.5)
-    assert world.gold(task(["has owl", "has duck"]), "owl and duck.")["padded"] == 0

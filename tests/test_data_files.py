@@ -47,7 +47,15 @@ def fails(call, *arguments):
 def imported(tmp_path, format, rows, name="source.jsonl"):
     """-> files, places of the unused rows (lines, or in an array "row 3")."""
     made, unused = import_rows(format, [write(tmp_path / name, rows)])
-    return made, [place.rpartition(":")[2] for place, _ in unused]
+    return made, places(unused)
+
+
+def places(unused):
+    return [re.search(r":([^:]*): unusable row", line)[1] for line in unused]
+
+
+def texts(made):
+    return [row["text"] for row in made["pretrain.txt"]]
 
 
 def ranking(row):
@@ -225,7 +233,7 @@ def test_hh_dialogues_part_at_a_turn(tmp_path):
     assert ranking(second) == {" x\n\nHuman: y\n\nAssistant: z": 1, " w": 2}
     assert unused == ["3", "4", "5", "6"] and "demonstrations.jsonl" not in made  # of a model
     assert made["prompts.jsonl"] == [{"prompt": first["prompt"]}, {"prompt": second["prompt"]}]
-    assert made["pretrain.txt"][0] == (same + " Sure, A").lstrip()
+    assert texts(made)[0] == (same + " Sure, A").lstrip()
 
 
 def test_oasst_ranks_demonstrations_and_dialogues(tmp_path):
@@ -256,14 +264,14 @@ def test_instruction_formats_write_the_same_prompt(tmp_path, format, row):
     category = {"category": "qa"} if "category" in row else {}
     assert made["demonstrations.jsonl"] == [{"prompt": "add\n1 2", "response": "3", **category}]
     assert made["prompts.jsonl"] == [{"prompt": "add\n1 2", **category}]
-    assert made["pretrain.txt"] == ["add\n1 2\n3"] and unused == ["2"]
+    assert texts(made) == ["add\n1 2\n3"] and unused == ["2"]
 
 
 def test_rows_may_stand_in_an_array_and_text_in_jsonl_or_on_lines(tmp_path):
     made, unused = imported(tmp_path, "pairs", [json.dumps([PAIR, {"x": 1}, PAIR], indent=1)], "a.json")
     assert len(made["comparisons.jsonl"]) == 2 and unused == ["row 2"]
     made, unused = imported(tmp_path, "text", [{"text": "one\n"}, {"title": "none"}, "7", {"text": "two"}])
-    assert made["pretrain.txt"] == ["one", "two"] and unused == ["2", "3"]
+    assert texts(made) == ["one", "two"] and unused == ["2", "3"]
     sentences = [data.read_rows(write(tmp_path / name, ["", "x"])) for name in ("r.neg", "r.pos")]
     assert sentences == [[(2, {"text": "x", "rating": rating})] for rating in (1, 10)]
 
@@ -280,53 +288,55 @@ def reviews(n):
     """Every word tells its place and its review: w7no12."""
     rng = random.Random(0)
     lengths = [rng.randint(6, 90) for _ in range(n)]
-    texts = [" ".join(f"w{j}no{i}" for j in range(length)) for i, length in enumerate(lengths)]
-    return [{"text": text.replace(" ", "<br />", 1), "rating": 1 + i % 10} for i, text in enumerate(texts)]
+    rows = [" ".join(f"w{j}no{i}" for j in range(length)) for i, length in enumerate(lengths)]
+    return [{"text": text.replace(" ", "<br />", 1), "rating": 1 + i % 10} for i, text in enumerate(rows)]
 
 
-def windows_in(made):
-    """{file: its windows, lists of (place, review)}; of prompts the openings."""
-    texts = {name: list(map(str, rows)) for name, rows in made.items()}
-    texts["comparisons.jsonl"] = [text for row in made["comparisons.jsonl"] for text in row["responses"]]
+@pytest.fixture(scope="module")
+def of_reviews(tmp_path_factory):
+    """What is made of 400 reviews, and {file: its windows, tuples of (place, review)}; of prompts the openings."""
+    made = imported(tmp_path_factory.mktemp("reviews"), "imdb", reviews(400))[0]
+    found = {name: list(map(str, rows)) for name, rows in made.items()}
+    found["comparisons.jsonl"] = [text for row in made["comparisons.jsonl"] for text in row["responses"]]
     words = lambda text: tuple((int(j), int(i)) for j, i in re.findall(r"w(\d+)no(\d+)", text))
-    return {name: [words(text) for text in rows] for name, rows in texts.items()}
+    return made, {name.split(".")[0]: [words(text) for text in rows] for name, rows in found.items()}
 
 
-def test_a_review_is_in_one_part_only(tmp_path):
+def test_a_review_is_in_one_part_only(tmp_path, of_reviews):
+    made, windows = of_reviews
     bad = [{"text": "<br />", "rating": 1}, {"text": "a b c d e f"}, {"text": "a b c d e", "rating": 1}]
-    made, unused = imported(tmp_path, "imdb", [*reviews(400), *bad])
-    assert unused == ["401", "402", "403"] and "<br" not in json.dumps(made)
-    numbers = {name: {i for window in rows for _, i in window} for name, rows in windows_in(made).items()}
-    parts = [numbers[f"{name}.jsonl"] for name in ("demonstrations", "prompts", "judge")]
+    few, unused = imported(tmp_path, "imdb", [*reviews(100), *bad])
+    assert unused == ["101", "102", "103"] and "<br" not in json.dumps(made)
+    parts = [{i for window in windows[x] for _, i in window} for x in ("demonstrations", "prompts", "judge")]
     assert set.union(*parts) == set(range(400)) and sum(map(len, parts)) == 400
     assert all(abs(len(part) - share * 400) < 40 for part, share in zip(parts, (0.45, 0.1, 0.45)))
-    few, _ = imported(tmp_path, "imdb", reviews(100))  # a review stays in its part when more are added
+    # a review stays in its part when more are added
     assert few["judge.jsonl"] == made["judge.jsonl"][: len(few["judge.jsonl"])]
 
 
-def test_windows_of_reviews_are_of_equal_length(tmp_path):
+def test_windows_of_reviews_are_of_equal_length(of_reviews):
     """20 words one behind the other, without what is left at the end; of a shorter review all its words.
     Openings are the first 5 of a window."""
-    made, expected = windows_in(imported(tmp_path, "imdb", reviews(400))[0]), []
+    (_, windows), expected = of_reviews, []
     for i, row in enumerate(reviews(400)):
         length = row["text"].count("no")
         starts = range(0, length - 19, 20) if length > 20 else [0]
         expected += [tuple((j, i) for j in range(start, min(start + 20, length))) for start in starts]
-    opened = [window for window in expected if window[:5] in made["prompts.jsonl"]]
-    assert made["prompts.jsonl"] == [window[:5] for window in opened]
-    assert sorted(made["demonstrations.jsonl"] + made["judge.jsonl"] + opened) == sorted(expected)
-    assert made["pretrain.txt"] == made["demonstrations.jsonl"]
+    opened = [window for window in expected if window[:5] in windows["prompts"]]
+    assert windows["prompts"] == [window[:5] for window in opened]
+    assert sorted(windows["demonstrations"] + windows["judge"] + opened) == sorted(expected)
+    assert windows["pretrain"] == windows["demonstrations"]
 
 
-def test_compared_windows_are_those_of_demonstrations_ranked_by_their_stars(tmp_path):
-    made = imported(tmp_path, "imdb", reviews(400))[0]
+def test_compared_windows_are_those_of_demonstrations_ranked_by_their_stars(of_reviews):
+    made, windows = of_reviews
     for group in made["comparisons.jsonl"]:
         stars = [int(re.search(r"no(\d+)", text)[1]) % 10 for text in group["responses"]]
         assert group["ranks"] == [1 + sum(other > star for other in stars) for star in stars]
         assert group["prompt"] == "review:"
     *sizes, last = [len(group["ranks"]) for group in made["comparisons.jsonl"]]
     assert set(sizes) == {6} and 2 <= last <= 6
-    compared, learned = (set(windows_in(made)[f"{x}.jsonl"]) for x in ("comparisons", "demonstrations"))
+    compared, learned = set(windows["comparisons"]), set(windows["demonstrations"])
     assert compared <= learned and len(learned - compared) <= 1
 
 
@@ -337,7 +347,7 @@ def test_importing_again_adds_and_never_repeats(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{one}:2: " in printed and f"{out}/comparisons.jsonl.gz: 2 rows, 1 of them new" in printed
     import_files("alpaca", [write(tmp_path / "2.jsonl", [{"instruction": "i", "output": "o"}])], str(out))
-    assert set(os.listdir(out)) == {"comparisons.jsonl.gz", *data.DATASETS, "pretrain.txt"} - {"comparisons.jsonl"}
+    assert set(os.listdir(out)) == {"comparisons.jsonl.gz", *data.DATASETS} - {"comparisons.jsonl"}
     folder = read_folder(str(out))
     assert [row["prompt"] for row in folder["prompts"]] == ["p", "i"]
     assert folder["pretrain"] == ["p\na", "i\no"]
@@ -354,22 +364,29 @@ def test_a_failed_import_changes_nothing(tmp_path):
     assert os.listdir(out) == ["prompts.jsonl"] and read_jsonl(path) == [{"prompt": "mine"}]
 
 
+@pytest.mark.parametrize("arguments, word", [
+    ([], "import FORMAT"), (["import", "hh", "1.jsonl", "--out=x"], "import hh 1.jsonl"),
+    (["import", "pairs", "--out=x"], "FILE"), (["import", "pairs", "1.jsonl"], "--out=DIR"),
+    (["import", "pairs", "1.jsonl", "--out="], "--out=DIR"),
+    (["import", "pairs", "1.jsonl", "--out=x", "--x=1"], "--x=1"),
+])
+def test_an_incomplete_command_line_is_told_the_formats(arguments, word):
+    message = fails(import_main, arguments)
+    assert word in message and all(format in message for format in FORMATS)
+
+
 def test_command_line(tmp_path):
     one, out = write(tmp_path / "1.jsonl", [PAIR]), f"--out={tmp_path / 'out'}"
-    for arguments, word in [([], "import FORMAT"), (["hh", one, out], '"hh"'), (["pairs", out], "FILE"),
-                            (["pairs", one], "--out=DIR"), (["pairs", one, "--out="], "--out=DIR"),
-                            (["pairs", one, out, "--x=1"], "--x=1")]:
-        message = fails(import_main, arguments)
-        assert word in message and all(format in message for format in FORMATS)
-    assert "1.jsonlx: " in fails(import_main, ["pairs", one + "x", out]) and not (tmp_path / "out").exists()
-    import_main(["pairs", one, out])
+    assert "1.jsonlx: " in fails(import_main, ["import", "pairs", one + "x", out])
+    assert not (tmp_path / "out").exists()
+    import_main(["import", "pairs", one, out])
     assert (tmp_path / "out" / "comparisons.jsonl").exists()
 
 
 def real_rows(format, *names):
     made, unused = import_rows(format, paths := [os.path.join(DATA, name) for name in names])
     rows = [row for path in paths for _, row in data.read_rows(path)]
-    return rows, made, [place.split(":")[-1] for place, _ in unused]
+    return rows, made, places(unused)
 
 
 @real
@@ -381,7 +398,7 @@ def test_real_text(monkeypatch):
     bpe = Tokenizer.train([text[:100000]], 400)
     assert bpe.n_vocab == 400 and bpe.decode(bpe.encode(text)) == text
     assert Tokenizer(**gpt2.state()).encode(text[:1000]) == gpt2.encode(text[:1000])
-    documents = import_rows("text", [path])[0]["pretrain.txt"]
+    documents = texts(import_rows("text", [path])[0])
     lines = [line for line in text.split("\n") if line]
     assert [line for d in documents for line in d.split("\n") if line] == lines
     assert all(len(d) <= 2000 for d in documents) and len(documents) > 500
