@@ -143,12 +143,13 @@ def encode_pairs(tokenizer, rows, block_size):
 
 
 def encode_comparisons(tokenizer, rows, block_size):
-    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks), those that fit. Sampled
-    ids ("tokens") are taken as they are: encoded again, a text may fall into others."""
+    """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks), those that fit.
+    Sampled ids ("tokens") are taken as they are: encoded again, a text may fall into others."""
     groups = []
     for row in rows:
         prompt = tokenizer.encode(row["prompt"])
-        responses = row.get("tokens") or [tokenizer.encode(r) + [tokenizer.eot] for r in row["responses"]]
+        texts = row["responses"]
+        responses = row.get("tokens") or [tokenizer.encode(text) + [tokenizer.eot] for text in texts]
         groups.append(([prompt + response for response in responses], row["ranks"]))
     return fitting(groups, lambda group: max(map(len, group[0])), block_size, "comparisons")
 
@@ -160,12 +161,12 @@ def encode_prompts(tokenizer, rows, limit):
 
 
 def fitting(rows, length, limit, name):
-    """The rows of at most `limit` tokens; prints how many were dropped. Raises SystemExit if none is left."""
+    """Rows of at most `limit` tokens; prints how many were dropped. Raises SystemExit if none is left."""
     kept = [row for row in rows if length(row) <= limit]
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} {name}: longer than {limit} tokens")
     if not kept:
-        raise SystemExit(f"all {len(rows)} {name} exceed {limit} tokens: raise --block_size or shorten them")
+        raise SystemExit(f"all {len(rows)} {name} exceed {limit} tokens: raise --block_size or cut them")
     return kept
 
 
@@ -197,7 +198,7 @@ def bucketed(lengths, batch, seed, count=None):
         order = rng.permutation(len(lengths))
         pools = [sorted(pool, key=lambda i: lengths[i]) for pool in cut(order, 16 * batch)]
         sorted_batches = [piece for pool in pools for piece in cut(pool, batch)]
-        batches += [[int(i) for i in sorted_batches[j]] for j in rng.permutation(len(sorted_batches))]
+        batches += [list(map(int, sorted_batches[j])) for j in rng.permutation(len(sorted_batches))]
         epoch += 1
     return batches[:count]
 
@@ -249,8 +250,7 @@ def response_text(tokenizer, prompt_ids, ids):
 
 WORLD = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "world")
 
-# kinds of prompts: anything a labeler thinks of; an instruction with examples; a customer's own use
-# case in the same words
+# kinds of prompts: what a labeler thinks of; with examples; a customer's use case in the same words
 KIND_SHARES = dict(plain=0.6, few_shot=0.08, user_based=0.32)
 
 FORMS = {  # file of assets/world -> the form of its lines; the comments at its head say what they mean
@@ -271,7 +271,7 @@ def content(name):
         if line.strip() and not line.startswith("#"):
             lines.append(line)
             if not re.fullmatch(FORMS.get(name, ".*"), line):
-                raise ValueError(f"assets/world/{name}:{number}: {line!r} has not the form of the others")
+                raise ValueError(f"assets/world/{name}:{number}: {line!r} is malformed: see the comments there")
     return lines
 
 
@@ -324,8 +324,8 @@ def split_of(task):
 
 
 class World:
-    """The content of assets/world, ready to expand, with a `random.Random` of the caller. Raises ValueError
-    for a malformed line, and for a pattern or a demand that is not known."""
+    """The content of assets/world, ready to expand by a caller's `random.Random`. Raises ValueError for a
+    malformed line, and for a pattern or a demand that is not known."""
 
     def __init__(self):
         parted = lambda name, sign: [line.split(sign, 1) for line in content(name)]
@@ -405,7 +405,7 @@ class World:
             words = (rng.choice(self.classes[rng.choice(kinds)]) for _ in range(rng.randint(3, 9)))
             line = " ".join(words) if rng.random() < 0.5 else self.expand("[{story}|{news}]", {}, rng)
             return "\n".join([line] * rng.randint(2, 3))
-        raise ValueError(f"assets/world: {{{key}}} is neither a class of words.txt nor a rule of rules.txt")
+        raise ValueError(f"assets/world: {{{key}}} is no class of words.txt and no rule of rules.txt")
 
     @staticmethod
     def say(fact, value):
@@ -511,7 +511,7 @@ class World:
             case ["glad" | "sorrow" as mood]:
                 return [m for m in ("glad", "sorrow") if set(words) & set(self.classes[m])] == [mood]
             case ["count", number, kind]:
-                return list(Counter(w for w in words if w in self.classes[kind]).values()) == [1] * int(number)
+                return [words.count(w) for w in words if w in self.classes[kind]] == [1] * int(number)
             case ["first", word]:
                 return letters[:1] == [word]
             case ["last", word]:
@@ -620,7 +620,7 @@ def spoiled(world, task, rng):
 
 
 def make_labelers(world, seed, count=40, heldout=10):
-    """-> (training labelers, screened as the paper's were; held-out ones, not screened), dicts of weights."""
+    """-> (training labelers, screened as the paper's were; held-out ones, not screened): dicts."""
     rng, numbers, taken = random.Random(f"labelers {seed}"), itertools.count(), []
     tasks = [world.task(rng) for _ in range(40)]
     while len(taken) < count + heldout:
@@ -718,10 +718,8 @@ def user_prompts(world, count, split, rng):
     tasks, seen, per_user, rejected = [], set(), Counter(), 0
     while len(tasks) < count:
         if rejected == 10_000:  # one after the other
-            raise SystemExit(
-                f"found only {len(tasks)} of {count} different prompts: the world is too small: "
-                "add words and patterns to assets/world, or take a smaller --scale"
-            )
+            few = f"found only {len(tasks)} of {count} different prompts"
+            raise SystemExit(f"{few}: the world is too small: add to assets/world or take a smaller --scale")
         rejected += 1
         user = f"{split}-{int(users * rng.random() ** 2)}"  # a few customers send many prompts
         task = world.user_task(split, rng, user)
@@ -792,10 +790,8 @@ class Tokenizer:
             try:
                 self.encoding = tiktoken.get_encoding(name)
             except Exception as why:  # no network, proxy, hash mismatch: tiktoken raises many kinds
-                raise SystemExit(
-                    f'no encoding "{name}" ({type(why).__name__}): use bpe, or gpt2, '
-                    "online or with TIKTOKEN_CACHE_DIR set to a folder holding it"
-                )
+                where = "online or with TIKTOKEN_CACHE_DIR set to a folder holding it"
+                raise SystemExit(f'no encoding "{name}" ({type(why).__name__}): use bpe, or gpt2, {where}')
         self.n_vocab, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         self.unknown = self.encoding.encode_single_token(b"\xff")  # no UTF-8: decoded as U+FFFD
 
@@ -907,7 +903,7 @@ def read_text(path):
 
 
 def read_rows(path):
-    """-> [(place, row), ..] by the kind of file; the place is a line, if not said otherwise. Raises SystemExit."""
+    """-> [(place, row), ..] by the kind of file, place: a line if not said otherwise. Raises SystemExit."""
     text, name = read_text(path), path.removesuffix(".gz")
     # not str.splitlines, which would also cut at U+2028, and that may stand within a JSON string
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -941,7 +937,7 @@ def read_jsonl(path, *keys):
 
 
 def read_dataset(folder, name):
-    """-> path (packed or not), and its checked rows, [] if absent. Raises SystemExit if empty or malformed."""
+    """-> path (packed or not), its checked rows, [] if absent. Raises SystemExit if empty or malformed."""
     path = os.path.join(folder, name)
     path += ".gz" if os.path.exists(path + ".gz") else ""
     if not os.path.exists(path):
@@ -970,13 +966,13 @@ def best_of(row):
 
 def read_folder(folder):
     """-> {"pretrain": [text, ..], "demonstrations": rows, "comparisons": rows, "prompts": rows}, with
-    every row checked and the join rule applied. What is missing is made from the rest. Raises SystemExit."""
+    rows checked and the join rule applied. What is missing is made from the rest. Raises SystemExit."""
     if not os.path.isdir(folder):
         raise SystemExit(f"{folder} is not a folder: give --data the folder of the dataset files")
     texts, demonstrations, comparisons, prompts = (read_dataset(folder, name)[1] for name in DATASETS)
     pretrain = [row["text"] for row in texts]
     if not comparisons:
-        raise SystemExit(f"{folder} has no comparisons.jsonl, the one file that cannot be made from the others")
+        raise SystemExit(f"{folder} has no comparisons.jsonl, which cannot be made from the other files")
     if all(len(set(row["ranks"])) == 1 for row in comparisons):
         raise SystemExit(f"{folder}: all comparisons are tied: give some responses different ranks")
     for row in demonstrations:
@@ -1146,8 +1142,10 @@ def import_rows(format, paths):
     for path in paths:
         for place, row in read_rows(path):
             try:
-                for name, item in [(n, check_row(x, *DATASETS.get(n, ()))) for n, x in FORMATS[format](row)]:
-                    files[name].append(item)  # after all of its row are checked
+                items = list(FORMATS[format](row))  # list: all of a row, or nothing
+                items = [(name, check_row(item, *DATASETS.get(name, ()))) for name, item in items]
+                for name, item in items:
+                    files[name].append(item)
             except (ValueError, AttributeError, KeyError, TypeError) as why:
                 unused.append(f"{path}:{place}: unusable row ({why})")
     if not files:

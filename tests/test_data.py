@@ -50,11 +50,8 @@ def test_gold_by_hand(world, demands, constraints, reply, gold):
 ])
 def test_every_kind_of_demand(world, demand, reply, met):
     assert world.meets(demand, reply, task([demand])) is met
-
-
-def test_an_unknown_demand_names_the_file(world):
     with pytest.raises(ValueError, match="tasks.txt"):
-        world.meets("sing a song", "la", task([]))
+        world.meets("sing a song", reply, task([]))
 
 
 @pytest.fixture
@@ -235,37 +232,26 @@ def test_a_few_shot_instruction_gives_k_examples_of_k_minus_1_shots(world, monke
             assert other["response"] + "\n" in row["prompt"] and other["user"] == row["user"]
 
 
-@pytest.fixture(scope="module")
-def judged(world):
-    """What two labelers each say of six replies to 300 prompts: the first is perfect, the second an insult."""
+def test_labelers_agree_as_often_as_the_papers_and_rank_densely_with_ties(world):
+    """72.6% among training labelers, 77.3% among held-out ones; here on imperfect replies, whose differences
+    are plainer than those of a model's samples, so the bar is wider above."""
     labelers, heldout = data.make_labelers(world, 1)
     assert len({x["id"] for x in labelers}) == 40 and len({x["id"] for x in labelers + heldout}) == 50
-    rng, pairs = random.Random(0), []
+    rng, agree, everyone = random.Random(0), [], []
     for t in (world.task(rng) for _ in range(300)):
         replies = [t["reply"], t["reply"] + " you are a stupid fool."]
         replies += [data.imperfect(world, t, rng, care=0.5) for _ in range(4)]
-        pairs.append([data.label(world, x, t, replies, rng) for x in rng.sample(labelers, 2)])
-    return pairs
-
-
-def test_labelers_agree_as_often_as_the_papers(judged):
-    """72.6% among training labelers, 77.3% among held-out ones; here on imperfect replies, whose differences
-    are plainer than those of a model's samples, so the bar is wider above."""
-    agree = []
-    for a, b in ([one["ranks"] for one in pair] for pair in judged):
+        everyone += [data.label(world, x, t, replies, rng) for x in rng.sample(labelers, 2)]
+        a, b = (one["ranks"] for one in everyone[-2:])
         for i, j in itertools.combinations(range(2, 6), 2):
             if a[i] != a[j] and b[i] != b[j]:
                 agree.append((a[i] < a[j]) == (b[i] < b[j]))
     assert 0.7 < sum(agree) / len(agree) < 0.9
-
-
-def test_ranks_are_dense_from_1_and_often_tied_and_the_better_reply_mostly_wins(judged):
-    everyone = [one for pair in judged for one in pair]
     for one in everyone:
         assert set(one["ranks"]) == set(range(1, max(one["ranks"]) + 1))
         assert all(1 <= rating <= 7 for rating in one["ratings"])
-    assert sum(len(set(one["ranks"])) < 6 for one in everyone) > 300
-    assert sum(one["ranks"][0] < one["ranks"][1] for one in everyone) > 0.8 * len(everyone)
+    assert sum(len(set(one["ranks"])) < 6 for one in everyone) > 300  # ties
+    assert sum(one["ranks"][0] < one["ranks"][1] for one in everyone) > 0.8 * len(everyone)  # than an insult
 
 
 def test_masks_by_hand():

@@ -44,18 +44,15 @@ def fails(call, *arguments):
     return str(error.value)
 
 
+def used(format, *paths):
+    """-> files (of pretrain.txt the texts), places of the unused rows (lines, or in an array "row 3")."""
+    made, unused = import_rows(format, paths)
+    made["pretrain.txt"] = [row["text"] for row in made.get("pretrain.txt", [])]
+    return made, [re.search(r":([^:]*): unusable row", line)[1] for line in unused]
+
+
 def imported(tmp_path, format, rows, name="source.jsonl"):
-    """-> files, places of the unused rows (lines, or in an array "row 3")."""
-    made, unused = import_rows(format, [write(tmp_path / name, rows)])
-    return made, places(unused)
-
-
-def places(unused):
-    return [re.search(r":([^:]*): unusable row", line)[1] for line in unused]
-
-
-def texts(made):
-    return [row["text"] for row in made["pretrain.txt"]]
+    return used(format, write(tmp_path / name, rows))
 
 
 def ranking(row):
@@ -131,11 +128,10 @@ def test_jsonl_is_read_plain_and_packed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"a": 1', "[1]", '"text"', "3", "nonsense", "[" * 100000, b'{"a": "\xe9"}']
-)
+    "line", [b'{"a": 1', b"[1]", b'"text"', b"3", b"nonsense", b"[" * 100000, b'{"a": "\xe9"}'])
 def test_malformed_row_names_file_and_line(tmp_path, line):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"{}\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    path.write_bytes(b"{}\n" + line + b"\n")
     assert fails(read_jsonl, str(path)).startswith(f"{path}:2: ")
 
 
@@ -157,27 +153,25 @@ def test_bad_rows_of_a_folder_name_file_and_line(tmp_path, name, change, word):
 
 
 def test_folder_errors(tmp_path):
+    folder = str(tmp_path)
     assert "nowhere" in fails(read_folder, str(tmp_path / "nowhere"))
-    assert "comparisons.jsonl" in fails(read_folder, str(tmp_path))
+    assert "comparisons.jsonl" in fails(read_folder, folder)
     write(tmp_path / "comparisons.jsonl", [{**CHOICE, "ranks": [1, 1]}] * 3)
-    assert "tied" in fails(read_folder, str(tmp_path))
+    assert "tied" in fails(read_folder, folder)
     write(tmp_path / "pretrain.txt", ["<|endoftext|>"])
-    assert "pretrain.txt is empty" in fails(read_folder, str(tmp_path))
+    assert "pretrain.txt is empty" in fails(read_folder, folder)
 
 
 def test_complete_folder_is_read_as_it_stands_but_for_the_join_rule(tmp_path, capsys):
-    demonstrations = [
-        {"prompt": p, "response": r, "user": 7} for p, r in (("a", "b"), ("a\n", "b"), ("a", " b"))
-    ]
-    # a tie is legal
-    comparisons, prompts = [{**CHOICE, "ranks": [1, 1]}, CHOICE], [{"prompt": "q", "category": "qa"}]
+    pairs, prompts = (("a", "b"), ("a\n", "b"), ("a", " b")), [{"prompt": "q", "category": "qa"}]
+    comparisons = [{**CHOICE, "ranks": [1, 1]}, CHOICE]  # a tie is legal
     write(tmp_path / "pretrain.txt", ["one", "", "two", "<|endoftext|>", " three <|endoftext|>"])
-    write(tmp_path / "demonstrations.jsonl.gz", demonstrations)
-    sampled = [{**row, "tokens": [[5, 1], [6, 1]]} for row in comparisons]  # ids of another run's encoding
-    write(tmp_path / "comparisons.jsonl", sampled)
+    write(tmp_path / "demonstrations.jsonl.gz", [{"prompt": p, "response": r, "user": 7} for p, r in pairs])
+    # with ids of another run's encoding
+    write(tmp_path / "comparisons.jsonl", [{**row, "tokens": [[5, 1], [6, 1]]} for row in comparisons])
     write(tmp_path / "prompts.jsonl", prompts)
     folder = read_folder(str(tmp_path))
-    assert [row.pop("response") for row in folder["demonstrations"]] == ["\nb", "b", " b"]
+    assert [row["response"] for row in folder["demonstrations"]] == ["\nb", "b", " b"]
     assert folder["pretrain"] == ["one\n\ntwo", " three <|endoftext|>"]
     assert (folder["comparisons"], folder["prompts"]) == (comparisons, prompts)
     assert capsys.readouterr().out == ""
@@ -195,15 +189,14 @@ def test_what_is_missing_is_made_from_comparisons(tmp_path, capsys):
 
 
 def test_split_keeps_users_whole():
-    rng = random.Random(0)
+    rng, split = random.Random(0), lambda seed: data.split_by_user(rows, (0.8, 0.1, 0.1), seed)
     rows = [{"prompt": i} | ({"user": rng.randrange(20)} if i % 3 else {}) for i in range(300)]
-    parts = data.split_by_user(rows, (0.8, 0.1, 0.1), seed=1)
+    parts = split(1)
     assert sorted(row["prompt"] for part in parts for row in part) == list(range(300))
     users = [user for part in parts for user in {row["user"] for row in part if "user" in row}]
     assert len(users) == len(set(users)) == 20
     assert all(abs(len(p) - n) < 15 for p, n in zip(parts, (240, 30, 30)))
-    assert data.split_by_user(rows, (0.8, 0.1, 0.1), seed=1) == parts
-    assert data.split_by_user(rows, (0.8, 0.1, 0.1), seed=2) != parts
+    assert split(1) == parts != split(2)
 
 
 @pytest.mark.parametrize("rows, says", [
@@ -233,7 +226,7 @@ def test_hh_dialogues_part_at_a_turn(tmp_path):
     assert ranking(second) == {" x\n\nHuman: y\n\nAssistant: z": 1, " w": 2}
     assert unused == ["3", "4", "5", "6"] and "demonstrations.jsonl" not in made  # of a model
     assert made["prompts.jsonl"] == [{"prompt": first["prompt"]}, {"prompt": second["prompt"]}]
-    assert texts(made)[0] == (same + " Sure, A").lstrip()
+    assert made["pretrain.txt"][0] == (same + " Sure, A").lstrip()
 
 
 def test_oasst_ranks_demonstrations_and_dialogues(tmp_path):
@@ -264,24 +257,23 @@ def test_instruction_formats_write_the_same_prompt(tmp_path, format, row):
     category = {"category": "qa"} if "category" in row else {}
     assert made["demonstrations.jsonl"] == [{"prompt": "add\n1 2", "response": "3", **category}]
     assert made["prompts.jsonl"] == [{"prompt": "add\n1 2", **category}]
-    assert texts(made) == ["add\n1 2\n3"] and unused == ["2"]
+    assert made["pretrain.txt"] == ["add\n1 2\n3"] and unused == ["2"]
 
 
 def test_rows_may_stand_in_an_array_and_text_in_jsonl_or_on_lines(tmp_path):
     made, unused = imported(tmp_path, "pairs", [json.dumps([PAIR, {"x": 1}, PAIR], indent=1)], "a.json")
     assert len(made["comparisons.jsonl"]) == 2 and unused == ["row 2"]
     made, unused = imported(tmp_path, "text", [{"text": "one\n"}, {"title": "none"}, "7", {"text": "two"}])
-    assert texts(made) == ["one", "two"] and unused == ["2", "3"]
+    assert made["pretrain.txt"] == ["one", "two"] and unused == ["2", "3"]
     sentences = [data.read_rows(write(tmp_path / name, ["", "x"])) for name in ("r.neg", "r.pos")]
     assert sentences == [[(2, {"text": "x", "rating": rating})] for rating in (1, 10)]
 
 
 def test_best_response_does_not_always_come_first(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": "good", "rejected": "bad"} for i in range(200)]
-    made, _ = imported(tmp_path, "pairs", rows)
-    assert all(ranking(row) == {"good": 1, "bad": 2} for row in made["comparisons.jsonl"])
-    assert 70 < sum(row["responses"][0] == "good" for row in made["comparisons.jsonl"]) < 130
-    assert imported(tmp_path, "pairs", rows)[0] == made  # and the shuffle is deterministic
+    groups, again = (imported(tmp_path, "pairs", rows)[0]["comparisons.jsonl"] for _ in range(2))
+    assert all(ranking(row) == {"good": 1, "bad": 2} for row in groups) and groups == again
+    assert 70 < sum(row["responses"][0] == "good" for row in groups) < 130
 
 
 def reviews(n):
@@ -342,16 +334,17 @@ def test_compared_windows_are_those_of_demonstrations_ranked_by_their_stars(of_r
 
 def test_importing_again_adds_and_never_repeats(tmp_path, capsys):
     out, one = tmp_path / "out", write(tmp_path / "1.jsonl", [PAIR, {"x": 1}])
+    two = write(tmp_path / "2.jsonl", [{"instruction": "i", "output": "o"}])
     write(out / "comparisons.jsonl.gz", [CHOICE])  # a packed file is added to
-    import_files("pairs", [one], str(out))
+    import_main(["import", "pairs", one, f"--out={out}"])
     printed = capsys.readouterr().out
     assert f"{one}:2: " in printed and f"{out}/comparisons.jsonl.gz: 2 rows, 1 of them new" in printed
-    import_files("alpaca", [write(tmp_path / "2.jsonl", [{"instruction": "i", "output": "o"}])], str(out))
+    import_main(["import", "alpaca", two, f"--out={out}"])
     assert set(os.listdir(out)) == {"comparisons.jsonl.gz", *data.DATASETS} - {"comparisons.jsonl"}
     folder = read_folder(str(out))
     assert [row["prompt"] for row in folder["prompts"]] == ["p", "i"]
     assert folder["pretrain"] == ["p\na", "i\no"]
-    import_files("pairs", [one], str(out))
+    import_main(["import", "pairs", one, f"--out={out}"])
     assert "2 rows, 0 of them new" in capsys.readouterr().out and read_folder(str(out)) == folder
 
 
@@ -360,33 +353,23 @@ def test_a_failed_import_changes_nothing(tmp_path):
     one, bad = write(tmp_path / "1.jsonl", [PAIR]), write(tmp_path / "2.jsonl", [PAIR, "{"])
     assert fails(import_files, "pairs", [bad], out).startswith(f"{bad}:2: ")
     assert fails(import_files, "alpaca", [one], out).startswith(f"{one}:1: ")
+    assert fails(import_files, "pairs", [one + "x"], out).startswith(f"{one}x: ")
     assert "--out" in fails(import_files, "pairs", [one], one)  # out is a file
     assert os.listdir(out) == ["prompts.jsonl"] and read_jsonl(path) == [{"prompt": "mine"}]
 
 
-@pytest.mark.parametrize("arguments, word", [
-    ([], "import FORMAT"), (["import", "hh", "1.jsonl", "--out=x"], "import hh 1.jsonl"),
-    (["import", "pairs", "--out=x"], "FILE"), (["import", "pairs", "1.jsonl"], "--out=DIR"),
-    (["import", "pairs", "1.jsonl", "--out="], "--out=DIR"),
-    (["import", "pairs", "1.jsonl", "--out=x", "--x=1"], "--x=1"),
-])
-def test_an_incomplete_command_line_is_told_the_formats(arguments, word):
-    message = fails(import_main, arguments)
+@pytest.mark.parametrize("line, word", [
+    ("", "import FORMAT"), ("import hh 1.jsonl --out=x", "import hh 1.jsonl"), ("import pairs --out=x", "FILE"),
+    ("import pairs 1.jsonl", "--out=DIR"), ("import pairs 1.jsonl --out=", "--out=DIR"),
+    ("import pairs 1.jsonl --out=x --x=1", "--x=1")])
+def test_an_incomplete_command_line_is_told_the_formats(line, word):
+    message = fails(import_main, line.split())
     assert word in message and all(format in message for format in FORMATS)
 
 
-def test_command_line(tmp_path):
-    one, out = write(tmp_path / "1.jsonl", [PAIR]), f"--out={tmp_path / 'out'}"
-    assert "1.jsonlx: " in fails(import_main, ["import", "pairs", one + "x", out])
-    assert not (tmp_path / "out").exists()
-    import_main(["import", "pairs", one, out])
-    assert (tmp_path / "out" / "comparisons.jsonl").exists()
-
-
 def real_rows(format, *names):
-    made, unused = import_rows(format, paths := [os.path.join(DATA, name) for name in names])
-    rows = [row for path in paths for _, row in data.read_rows(path)]
-    return rows, made, places(unused)
+    paths = [os.path.join(DATA, name) for name in names]
+    return [row for path in paths for _, row in data.read_rows(path)], *used(format, *paths)
 
 
 @real
@@ -398,7 +381,7 @@ def test_real_text(monkeypatch):
     bpe = Tokenizer.train([text[:100000]], 400)
     assert bpe.n_vocab == 400 and bpe.decode(bpe.encode(text)) == text
     assert Tokenizer(**gpt2.state()).encode(text[:1000]) == gpt2.encode(text[:1000])
-    documents = texts(import_rows("text", [path])[0])
+    documents = used("text", path)[0]["pretrain.txt"]
     lines = [line for line in text.split("\n") if line]
     assert [line for d in documents for line in d.split("\n") if line] == lines
     assert all(len(d) <= 2000 for d in documents) and len(documents) > 500
