@@ -145,11 +145,10 @@ def encode_pairs(tokenizer, rows, block_size):
 def encode_comparisons(tokenizer, rows, block_size):
     """Rows with prompt, responses, ranks -> list of (list of K rows of ids, ranks), those that fit.
     Sampled ids ("tokens") are taken as they are: encoded again, a text may fall into others."""
-    groups = []
+    encode, groups = tokenizer.encode, []
     for row in rows:
-        prompt = tokenizer.encode(row["prompt"])
-        texts = row["responses"]
-        responses = row.get("tokens") or [tokenizer.encode(text) + [tokenizer.eot] for text in texts]
+        prompt = encode(row["prompt"])
+        responses = row.get("tokens") or [encode(text) + [tokenizer.eot] for text in row["responses"]]
         groups.append(([prompt + response for response in responses], row["ranks"]))
     return fitting(groups, lambda group: max(map(len, group[0])), block_size, "comparisons")
 
@@ -271,7 +270,7 @@ def content(name):
         if line.strip() and not line.startswith("#"):
             lines.append(line)
             if not re.fullmatch(FORMS.get(name, ".*"), line):
-                raise ValueError(f"assets/world/{name}:{number}: {line!r} is malformed: see the comments there")
+                raise ValueError(f"assets/world/{name}:{number}: {line!r} is malformed: see its comments")
     return lines
 
 
@@ -316,9 +315,8 @@ def sentences_of(text):
 
 
 def split_of(task):
-    """train, valid or test, by a checksum of the prompt, so that no text is in two of them: a tenth of all
-    texts is for tests and a tenth for validation. One without a slot ("name two animals."), which
-    everybody sends, is always among the training prompts."""
+    """train, valid (a tenth of all texts) or test (a tenth), by a checksum of the prompt: no text is in two.
+    One without a slot ("name two animals."), which everybody sends, is always among the training prompts."""
     place = zlib.crc32(task["prompt"].encode()) % 10 if task["is_filled"] else -1
     return ("test", "valid", *["train"] * 8)[place]
 
@@ -359,9 +357,8 @@ class World:
             self.say(fact, value): (fact["subject"], fact["relation"], value == fact["truth"])
             for fact in self.facts for value in self.values(fact["relation"])
         }
-        rng, self.trigrams = random.Random(0), set()
-        for _ in range(6000):
-            self.trigrams.update(self.shape(self.task(rng)["reply"]))
+        rng = random.Random(0)
+        self.trigrams = {t for _ in range(6000) for t in self.shape(self.task(rng)["reply"])}
 
     def values(self, relation):
         """All values that some fact or myth gives to a relation."""
@@ -479,16 +476,13 @@ class World:
         )
 
     def item(self, block, kind, rng):
-        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), name of the task,
-        metric, fact, question. kind: prompts, as the pages have it; flan, t0, as an instruction."""
+        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), fact. kind: prompts,
+        as the pages have it; flan, t0, as an instruction."""
         bound = {}
         prompt = self.expand(rng.choice(block[kind]), bound, rng) + ("" if kind == "prompts" else "\n")
         space = "" if prompt.endswith("\n") else " "
         answers = [space + self.expand(a, bound, rng) for a in block["replies"][:1] + block["wrong"]]
-        return dict(
-            name=block["category"], metric=block["rest"][0], prompt=prompt, answer=(answers or [""])[0],
-            wrong=answers[1:], fact=bound.get("fact"), question=bound.get("question"),
-        )
+        return dict(prompt=prompt, answer=(answers or [""])[0], wrong=answers[1:], fact=bound.get("fact"))
 
     # -- the gold preference ------------------------------------------------------------
 
@@ -531,12 +525,10 @@ class World:
         return [self.claims[s.strip()] for s in sentences if s.strip() in self.claims]
 
     def gold(self, task, text):
-        """The gold preference: how good a reply is, as a program -> its parts and their sum, `gold`.
-
+        """The gold preference: how good a reply is, as a program -> its parts and their sum, `gold`:
         follows (0..1, share of the demands met), constraint (1, 0, or None without one), false (makes a
         false claim), claims (makes a claim), rude, fluent (0..1, share of familiar trigrams), padded
-        (says something twice, or filler); gold is at most 5, in units of the labelers' liking.
-        """
+        (says something twice, or filler); gold is at most 5, in units of the labelers' liking."""
         words, shape, claims = words_of(text), self.shape(text), self.claims_in(text)
         follows = [self.meets(demand, text, task) for demand in task["demands"]]
         constraint = [self.meets(demand, text, task) for demand in task["constraints"]]
@@ -601,8 +593,7 @@ def mistaken(world, task, text, rng, mistake):
 
 
 def imperfect(world, task, rng, care=0.75):
-    """What a labeler writes: the perfect reply with the mistakes of someone in a hurry -> text. care:
-    the probability of not making each of the common mistakes."""
+    """What a labeler in a hurry writes -> text. care: the probability of not making a common mistake."""
     text, rare = task["reply"], dict(filler=care**0.25, insult=care**0.1)
     for mistake in ("myth", "word", "omit", "filler", "insult"):
         if rng.random() > rare.get(mistake, care):
@@ -784,8 +775,8 @@ class Tokenizer:
         self.name, self.tokens = name, tokens
         if tokens:
             ranks = {token: i for i, token in enumerate(tokens)}
-            special = {EOT: len(ranks)}
-            self.encoding = tiktoken.Encoding(name, pat_str=WORD, mergeable_ranks=ranks, special_tokens=special)
+            eot = {EOT: len(ranks)}
+            self.encoding = tiktoken.Encoding(name, pat_str=WORD, mergeable_ranks=ranks, special_tokens=eot)
         else:
             try:
                 self.encoding = tiktoken.get_encoding(name)
@@ -995,10 +986,9 @@ def read_folder(folder):
 
 
 def split_by_user(rows, shares, seed, name="rows"):
-    """-> as many lists of rows as there are shares, e.g. (0.9, 0.1). All rows of one user go to the
-    list that then lacks most; a row without "user" is on its own. Rows keep their order. If that
-    leaves a list empty, rows are split without regard to users; if one still is, the first list
-    stands in for it; either is printed."""
+    """-> a list of rows for each of the shares, e.g. (0.9, 0.1). All rows of one user go to the list that
+    then lacks most; a row without "user" is on its own. Rows keep their order. If that leaves a list empty,
+    users are not regarded; if one still is, the first stands in for it; either is printed."""
     for whole_users in (True, False):
         units = defaultdict(list)  # user -> indices of rows
         for i, row in enumerate(rows):

@@ -83,9 +83,7 @@ def test_merges_are_the_most_frequent_pairs_counted_anew_each_time():
     # " ab" x2 (one at the start) and " b": pairs " a" 2, "ab" 2, " b" 1; of a tie the smaller bytes
     assert Tokenizer.train(["ab ab b"], 600).tokens[256:] == [b" a", b" ab", b" b"]  # stops when none is left
     rng = random.Random(1)
-    counts = {
-        "".join(rng.choice("abc") for _ in range(rng.randint(1, 9))): rng.randint(1, 50) for _ in range(60)
-    }
+    counts = {"".join(rng.choices("abc", k=rng.randint(1, 9))): rng.randint(1, 50) for _ in range(60)}
     words = {w: [bytes([b]) for b in w.encode()] for w in counts}
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < 330:
