@@ -292,7 +292,7 @@ def read_blocks(name):
         elif not blocks:
             raise ValueError(f"assets/world/{name}: {line!r} stands before the first [category]")
         elif mark == "?":
-            for part, demands in zip(("demands", "constraints"), text.split("!")):
+            for part, demands in zip(("demands", "constraints"), text.split("!", 1)):
                 blocks[-1][part] = [d.strip() for d in demands.split(";") if d.strip()]
         else:
             blocks[-1][parts[mark]].append(text)
