@@ -22,8 +22,6 @@ Differs from the paper in:
     python ppo.py --ptx_coef=0     plain PPO
     python ppo.py --reward=gold    the world's gold preference in place of the reward model: the bound
     python ppo.py --reward=FILE.py your own: the file defines reward(prompts, responses) -> numbers
-
-The file in order: the mathematics; one iteration (rollout, credit, update); the loop.
 """
 
 import copy
@@ -157,21 +155,16 @@ def policy_loss(new_logprobs, logprobs, advantages, mask, cliprange):
 
 
 def value_loss(new_values, values, returns, mask, cliprange_value):
-    """Half the squared error to the returns, of the new value or of the new value kept
-    within cliprange_value of the old, whichever is larger: all (B, T-1) -> mean over
-    unmasked tokens, scalar."""
+    """Half the squared error to the returns, of the new value or of the new value kept within
+    cliprange_value of the old, whichever is larger: all (B, T-1) -> mean over unmasked tokens."""
     clipped = values + (new_values - values).clamp(-cliprange_value, cliprange_value)
     return 0.5 * masked_mean(torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
 def kl_estimates(logprobs, ref_logprobs, mask):
     """KL(policy || ref) in nats per response, from the policy's own actions (Schulman, "Approximating
-    KL divergence"): logprobs, ref_logprobs, mask (B, T-1) -> k1 (B,), k3 (B,)
-
-    k1 = -log r        k3 = (r - 1) - log r        with r = ref / policy per token
-
-    Both are unbiased; k3 is never negative.
-    """
+    KL divergence"): logprobs, ref_logprobs, mask (B, T-1) -> k1 (B,), k3 (B,). With r = ref / policy of
+    a token they sum -log r and (r - 1) - log r. Both are unbiased; k3 is never negative."""
     log_r = (ref_logprobs - logprobs) * mask
     return -log_r.sum(1), (log_r.exp() - 1 - log_r).sum(1)
 
@@ -184,8 +177,7 @@ def explained_variance(values, returns, mask):
 
 
 def warmup(iteration, iterations):
-    """Factor of the learning rate, linear over the first `iterations`: 0.1 at iteration
-    0 (App. C.4)."""
+    """Factor of the learning rate: 0.1 at iteration 0, linear to 1 (App. C.4)."""
     return min(1.0, 0.1 + 0.9 * iteration / iterations)
 
 
@@ -222,15 +214,12 @@ def rollout(policy, ref, judge, prompts, tokenizer, config, generator):
     ended = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == tokenizer.eot
     # 3. log-probabilities, in the numerics of the update so that its first ratio is 1, and those of
     #    the reference; both in eval mode: dropout would make the kl of identical weights non-zero
-    logprobs, ref_logprobs = (
-        model.by_length(model.masked_logprobs, gpt, tokens, mask, config.temperature)
-        for gpt in (policy, ref)
-    )
-    batch = dict(
+    of = lambda gpt: model.by_length(model.masked_logprobs, gpt, tokens, mask, config.temperature)
+    logprobs, ref_logprobs = of(policy), of(ref)  # (B, T-1)
+    return dict(
         tokens=tokens, lengths=lengths, prompt_lengths=prompt_lengths, mask=mask, scores=scores,
         ended=ended, logprobs=logprobs, ref_logprobs=ref_logprobs,
-    )
-    return batch, seconds
+    ), seconds
 
 
 @torch.no_grad()
@@ -246,35 +235,24 @@ def credit(batch, value_model, config):
     return dict(values=values, advantages=whiten(advantages, mask), returns=returns)
 
 
-def objective(new_logprobs, minibatch, config):
-    """What the policy minimises beside the pretraining loss: new_logprobs (B, T-1), rows of what
-    rollout() and credit() returned -> loss, dict of numbers for the log."""
-    mask, logprobs = minibatch["mask"], minibatch["logprobs"]
-    loss, clipfrac = policy_loss(
-        new_logprobs, logprobs, minibatch["advantages"], mask, config.cliprange
-    )
-    log_ratio = ((new_logprobs - logprobs) * mask).detach()
-    return loss, dict(
-        policy_loss=loss, clipfrac=clipfrac,
-        approx_kl=masked_mean(0.5 * log_ratio**2, mask),  # new against old policy, k2, nats per token
-        max_ratio=log_ratio.abs().max().exp(),
-    )
-
-
 def update_policy(policy, ema, optimizer, minibatch, ptx_batch, factor, config):
-    """One step of the policy on the sum of both terms of eq. 2. ptx_batch: tokens, mask, or None for
-    plain PPO; factor: that of warmup() -> dict of numbers.
+    """One step of the policy on the sum of both terms of eq. 2. minibatch: rows of what rollout() and
+    credit() returned; ptx_batch: tokens, mask, or None for plain PPO; factor: of warmup() -> numbers.
 
     One step on the sum, not a step for each term: Adam divides a gradient by its own size, so that in
     a step of its own the coefficient of the pretraining loss would cancel out.
     """
-    tokens, mask = minibatch["tokens"], minibatch["mask"]
+    tokens, mask, logprobs = minibatch["tokens"], minibatch["mask"], minibatch["logprobs"]
     with sft.autocast(tokens.device, config.dtype):
-        new_logprobs = model.by_length(
-            model.masked_logprobs, policy, tokens, mask, config.temperature
-        )
-    loss, numbers = objective(new_logprobs, minibatch, config)
+        new_logprobs = model.by_length(model.masked_logprobs, policy, tokens, mask, config.temperature)
+    loss, clipfrac = policy_loss(new_logprobs, logprobs, minibatch["advantages"], mask, config.cliprange)
     loss.backward()
+    log_ratio = ((new_logprobs - logprobs) * mask).detach()
+    numbers = dict(
+        policy_loss=loss, clipfrac=clipfrac,
+        approx_kl=masked_mean(0.5 * log_ratio**2, mask),  # new against old policy, k2, nats per token
+        max_ratio=log_ratio.abs().max().exp(),
+    )
     if ptx_batch is not None:
         with sft.autocast(tokens.device, config.dtype):
             ptx_loss = sft.lm_loss(policy, *(x.to(tokens.device) for x in ptx_batch))
@@ -286,13 +264,11 @@ def update_policy(policy, ema, optimizer, minibatch, ptx_batch, factor, config):
 
 
 def update_value(value_model, optimizer, minibatch, factor, config):
-    """One step of the value model, a network of its own -> dict of numbers."""
-    tokens, mask = minibatch["tokens"], minibatch["mask"]
+    """One step of the value model, a network of its own -> numbers."""
+    tokens, mask, returns = minibatch["tokens"], minibatch["mask"], minibatch["returns"]
     with sft.autocast(tokens.device, config.dtype):
         new_values = model.by_length(model.masked_values, value_model, tokens, mask)
-    loss = value_loss(
-        new_values, minibatch["values"], minibatch["returns"], mask, config.cliprange_value
-    )
+    loss = value_loss(new_values, minibatch["values"], returns, mask, config.cliprange_value)
     loss.backward()
     sft.optimizer_step(value_model, [optimizer], factor, config.grad_clip)
     return dict(value_loss=loss)
@@ -304,8 +280,6 @@ def measure(batch, stats, iteration, config):
     mask = batch["mask"]
     k1, k3 = kl_estimates(batch["logprobs"], batch["ref_logprobs"], mask)
     stats = [{name: x.item() for name, x in numbers.items()} for numbers in stats]
-    # of the first minibatch: 1, or log-probabilities differ between rollout and update
-    first_ratio = stats[0]["max_ratio"]
     return dict(
         episodes=iteration * config.rollout_size,
         score=float(batch["scores"].mean()),  # before the penalty for a missing eot
@@ -315,7 +289,8 @@ def measure(batch, stats, iteration, config):
         entropy=float(-masked_mean(batch["logprobs"], mask)),  # nats per token: mean -log pi
         length=float(mask.sum(1).float().mean()),  # tokens
         eot_rate=float(batch["ended"].float().mean()),
-        first_ratio=first_ratio,
+        # of the first minibatch: 1, or log-probabilities differ between rollout and update
+        first_ratio=stats[0]["max_ratio"],
         explained_variance=explained_variance(batch["values"], batch["returns"], mask),
         **{name: sum(s[name] for s in stats) / len(stats) for name in stats[0] if name != "max_ratio"},
     )
@@ -327,24 +302,29 @@ def print_samples(tokenizer, batch, count=2):
         start, end = int(batch["prompt_lengths"][i]), int(batch["lengths"][i])
         ids = batch["tokens"][i].tolist()
         kl = float((batch["logprobs"][i] - batch["ref_logprobs"][i]).sum())
-        print(
-            f"    score {float(batch['scores'][i]):.2f}  kl {kl:.2f}  "
-            f"{tokenizer.decode(ids[:start])!r} -> {tokenizer.decode(ids[start:end])!r}"
-        )
+        texts = f"{tokenizer.decode(ids[:start])!r} -> {tokenizer.decode(ids[start:end])!r}"
+        print(f"    score {float(batch['scores'][i]):.2f}  kl {kl:.2f}  {texts}")
 
 
 # --------------------------------------------------------------------------------------------------
 # the loop
 
 
-def load_policies(config, device):
-    """-> the policy, its frozen reference (the same checkpoint, if --ref is not given), tokenizer."""
-    made_by = 'run "python sft.py" first, or pass --ppo_init=PATH'
-    path = sft.where(config, "ppo_init")
+def load_networks(config, datasets, device):
+    """-> policy, its frozen reference (the same checkpoint, if --ref is not given), value model, judge
+    (a function that scores responses, by --reward), tokenizer, PPO's prompts as rows with ids."""
+    made_by, path = 'run "python sft.py" first, or pass --ppo_init=PATH', sft.where(config, "ppo_init")
     policy, tokenizer, _ = sft.load_policy(path, made_by, device)
     ref, of_ref, _ = sft.load_policy(config.ref or path, "correct --ref", device)
     check(of_ref.state() == tokenizer.state(), f"{config.ref} has another encoding than the policy")
-    return policy, ref, tokenizer
+    limit = policy.config.block_size - config.max_new_tokens  # prompts that leave room for a response
+    rows = data.encode_prompts(tokenizer, datasets["prompts"], limit)
+    judge, reward_model = reward.load_judge(config, tokenizer, rows, device)
+    torch.manual_seed(config.seed)  # of a head that no reward model lends
+    value_model = copy.deepcopy(reward_model) if reward_model else ScalarGPT.from_gpt(policy)
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (policy, value_model)]
+    print(f"policy {sizes[0]:,} parameters, reward and value model {sizes[1]:,}")
+    return policy, ref, value_model, judge, tokenizer, rows
 
 
 def minibatches(batch, documents, config, rng):
@@ -352,12 +332,11 @@ def minibatches(batch, documents, config, rng):
     documents beside it -> pairs of (rows of the rollout's tensors, (tokens, mask) or None)."""
     passes = [rng.permutation(config.rollout_size) for _ in range(config.ppo_epochs)]
     for picked in np.concatenate(passes).reshape(-1, config.minibatch_size):
-        picked = torch.from_numpy(picked).to(batch["tokens"].device)
-        ptx_batch = None
+        rows = torch.from_numpy(picked).to(batch["tokens"].device)
+        ptx_batch, count = None, config.ptx_ratio * config.minibatch_size
         if config.ptx_coef:
-            count = config.ptx_ratio * config.minibatch_size
             ptx_batch = data.document_batch(data.draw(documents, count, rng))
-        yield {name: x[picked] for name, x in batch.items()}, ptx_batch
+        yield {name: x[rows] for name, x in batch.items()}, ptx_batch
 
 
 def train(config):
@@ -367,27 +346,19 @@ def train(config):
     if run.finished:
         return
 
-    # 1. four networks; whatever --reward names is a function that scores responses
-    policy, ref, tokenizer = load_policies(config, run.device)
+    # 1. four networks: the judge stands for the reward model
     datasets = data.load(config.data, config.scale, config.seed)
-    limit = policy.config.block_size - config.max_new_tokens  # prompts that leave room for a response
-    rows = data.encode_prompts(tokenizer, datasets["prompts"], limit)
-    judge, reward_model = reward.load_judge(config, tokenizer, rows, run.device)
+    policy, ref, value_model, judge, tokenizer, rows = load_networks(config, datasets, run.device)
+    documents, _ = sft.documents_of(config, datasets, tokenizer, policy)
     gold = None if config.data else reward.gold_judge(tokenizer, rows)
-    torch.manual_seed(config.seed)  # of a head that no reward model lends
-    value_model = copy.deepcopy(reward_model) if reward_model else ScalarGPT.from_gpt(policy)
     ema = copy.deepcopy(policy)
     optimizer, value_optimizer = sft.adamw(policy, config.lr), sft.adamw(value_model, config.value_lr)
-    sizes = [sum(p.numel() for p in network.parameters()) for network in (policy, value_model)]
-    print(f"policy {sizes[0]:,} parameters, reward and value model {sizes[1]:,}")
-    updates = config.episodes // config.minibatch_size * config.ppo_epochs
-    if config.ema**updates > 0.1:
-        print(f"--ema={config.ema}: the saved average keeps {config.ema**updates:.0%} of the start")
-
-    documents, _ = sft.documents_of(config, datasets, tokenizer, policy)
+    left = config.ema ** (config.episodes // config.minibatch_size * config.ppo_epochs)
+    if left > 0.1:
+        print(f"--ema={config.ema}: the saved average keeps {left:.0%} of the start")
     run.begin(
-        config.episodes // config.rollout_size, ema, tokenizer, policy=policy, value_model=value_model,
-        optimizer=optimizer, value_optimizer=value_optimizer,
+        config.episodes // config.rollout_size, tokenizer, weights=ema, policy=policy,
+        value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer,
     )
     for iteration in run:
         # 2. prompts, each once before any comes again; responses, and which action earned what
@@ -422,25 +393,19 @@ def train(config):
         if iteration % (4 * config.log_every) == 0 or iteration == 1:
             print_samples(tokenizer, batch)
         if iteration > 5 and numbers["kl"] < -0.1:
-            print(
-                f"warning: mean kl {numbers['kl']:.2f} per response is negative: "
-                "sampling and log-probabilities disagree"
-            )
+            seen = f"mean kl {numbers['kl']:.2f} per response is negative"
+            print(f"warning: {seen}: sampling and log-probabilities disagree")
     run.finish()
 
 
 def check_config(config):
     """Raises SystemExit for flags that are out of range or do not fit together."""
     sft.check_config(config)
-    check(
-        config.rollout_size % config.minibatch_size == 0,
-        f"--rollout_size={config.rollout_size} is not a multiple of "
-        f"--minibatch_size={config.minibatch_size}: change one of them",
-    )
-    check(
-        config.episodes >= config.rollout_size,
-        f"--episodes={config.episodes} is less than one rollout of {config.rollout_size}: raise it",
-    )
+    size, minibatch_size = config.rollout_size, config.minibatch_size
+    message = f"--rollout_size={size} is not a multiple of --minibatch_size={minibatch_size}"
+    check(size % minibatch_size == 0, f"{message}: change one of them")
+    message = f"--episodes={config.episodes} is less than one rollout of {size}: raise it"
+    check(config.episodes >= size, message)
     is_known = config.reward in ("", "gold") or config.reward.endswith((".pt", ".py"))
     check(is_known, f"--reward={config.reward} is unknown: a path of a .pt or .py file, or gold")
     message = "--reward=gold needs the miniature world: leave out --data"
@@ -456,10 +421,10 @@ def ensure(config):
     wanted = [name for name in ("base", "sft", "ppo_init") if not getattr(config, name)]
     if not all(sft.is_finished(sft.where(config, name)) for name in wanted):
         sft.main(sft.Config(**{**sft.SCALES[config.scale], **shared}))
-    if not config.reward.endswith((".pt", ".py")):
-        if not sft.is_finished(sft.where(config, "reward"), "reward"):
-            given = config.sft if config.sft.endswith(".pt") else ""
-            reward.main(reward.Config(**{**reward.SCALES[config.scale], **shared, "sft": given}))
+    is_given = config.reward.endswith((".pt", ".py"))
+    if not is_given and not sft.is_finished(sft.where(config, "reward"), "reward"):
+        given = config.sft if config.sft.endswith(".pt") else ""
+        reward.main(reward.Config(**{**reward.SCALES[config.scale], **shared, "sft": given}))
 
 
 def main(config):

@@ -19,7 +19,7 @@ Differs from the paper in:
     python reward.py                  after python sft.py; 3 minutes on two CPU cores; writes reward.pt
     python reward.py --folds=5        only measures agreement with labelers it did not learn from
 
-The file in order: the stage; below the bar, where comparisons come from.
+Below the bar stands where comparisons come from.
 """
 
 import json
@@ -67,11 +67,16 @@ def ranking_loss(scores, ranks):
     one with 6. Without any pair the loss is 0. A model that cannot tell the responses apart stays at
     ln 2 = 0.693.
     """
-    better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)  # (B, K, K): w, l
+    better = pairs_of(ranks)
     losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :]) * better  # (B, K, K)
     pairs = better.sum((1, 2))  # (B,)
     per_prompt = losses.sum((1, 2)) / pairs.clamp(min=1)  # (B,)
     return per_prompt.sum() / (pairs > 0).sum().clamp(min=1)
+
+
+def pairs_of(ranks):
+    """ranks (B, K) -> (B, K, K) bool: True at [:, w, l] where response w is ranked above response l."""
+    return (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)
 
 
 def masked_scores(reward_model, tokens, mask):
@@ -104,10 +109,9 @@ def evaluate(reward_model, groups, device):
     loss, prompts, right, pairs = 0.0, 0, 0, 0
     for i in range(0, len(groups), 32):
         scores, ranks = score_groups(reward_model, groups[i : i + 32], device)  # (B, K)
-        better = (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)  # (B, K, K)
+        better = pairs_of(ranks)
         untied = int(better.any(2).any(1).sum())  # the prompts that ranking_loss averages over
-        loss += float(ranking_loss(scores, ranks)) * untied
-        prompts += untied
+        loss, prompts = loss + float(ranking_loss(scores, ranks)) * untied, prompts + untied
         right += int((better & (scores[:, :, None] > scores[:, None, :])).sum())
         pairs += int(better.sum())
     return dict(valid_loss=loss / max(1, prompts), accuracy=right / max(1, pairs))
@@ -129,14 +133,12 @@ def load_judge(config, tokenizer, rows, device):
         names = runpy.run_path(config.reward)
         check("reward" in names, f"{config.reward} defines no function reward(prompts, responses)")
         return text_judge(names["reward"], tokenizer), None
-    made_by = 'run "python reward.py" first, or pass --reward=PATH'
-    path = sft.where(config, "reward")
+    made_by, path = 'run "python reward.py" first, or pass --reward=PATH', sft.where(config, "reward")
     reward_model, of_reward, _ = sft.load_reward(path, made_by, device)
     message = f"{path} has another encoding than the policy: train one of them again"
     check(of_reward.state() == tokenizer.state(), message)
-    if config.reward == "gold":
-        return gold_judge(tokenizer, rows), reward_model
-    return model_judge(reward_model), reward_model
+    is_gold = config.reward == "gold"
+    return gold_judge(tokenizer, rows) if is_gold else model_judge(reward_model), reward_model
 
 
 def model_judge(reward_model):
@@ -147,12 +149,8 @@ def model_judge(reward_model):
 def gold_judge(tokenizer, rows):
     """The gold preference of the world as a judge of responses to these prompts."""
     world, tasks = data.World(), {tokenizer.decode(row["ids"]): row for row in rows}
-    return text_judge(
-        lambda prompts, responses: [
-            world.gold(tasks[prompt], text)["gold"] for prompt, text in zip(prompts, responses)
-        ],
-        tokenizer,
-    )
+    gold = lambda prompt, text: world.gold(tasks[prompt], text)["gold"]
+    return text_judge(lambda prompts, responses: map(gold, prompts, responses), tokenizer)
 
 
 def text_judge(function, tokenizer):
@@ -171,17 +169,13 @@ def text_judge(function, tokenizer):
 def main(config):
     """Collect the comparisons if there are none, then make reward.pt in config.out or go on with it."""
     sft.check_config(config)
-    check(config.k_min >= 2, f"--k_min={config.k_min}: a comparison needs at least 2 responses")
-    check(
-        config.k_max >= config.k_min,
-        f"--k_max={config.k_max} is below --k_min={config.k_min}: raise it",
-    )
+    sizes = f"--k_min={config.k_min} --k_max={config.k_max}"
+    check(2 <= config.k_min <= config.k_max, f"{sizes}: expected 2 or more, and no k_max below k_min")
     run = Run("reward", "reward", config, ignore=("folds",))
     if run.finished and config.folds == 1:
         return
-    start, tokenizer, _ = sft.load_policy(
-        sft.where(config, "sft"), 'run "python sft.py" first, or pass --sft=PATH', run.device
-    )
+    made_by = 'run "python sft.py" first, or pass --sft=PATH'
+    start, tokenizer, _ = sft.load_policy(sft.where(config, "sft"), made_by, run.device)
     if tokenizer.name != config.encoding:
         print(f"--encoding={config.encoding} is not used: the supervised model has {tokenizer.name}")
 
@@ -208,7 +202,7 @@ def train(run, start, tokenizer, groups, groups_valid, pairs, config):
     optimizer = sft.adamw(reward_model, config.lr)
     steps = -(-len(groups) // config.batch) * config.epochs
     batches = data.bucketed([len(rows[0]) for rows, _ in groups], config.batch, config.seed, steps)
-    run.begin(steps, reward_model, tokenizer, optimizer=optimizer)
+    run.begin(steps, tokenizer, weights=reward_model, optimizer=optimizer)
     if run.step == 0:
         run.log(**evaluate(reward_model, groups_valid, run.device))
     seen = 0
@@ -254,16 +248,14 @@ def collect_for_world(config, start, tokenizer, datasets):
     by labelers who gave no training data."""
     made_by = 'run "python sft.py" first, or pass --base=PATH'
     base, _, _ = sft.load_policy(sft.where(config, "base"), made_by, sft.get_device(config.device))
-    world = data.World()
+    world, policies = data.World(), dict(sft=start, hot=start, base=base)
     labelers, heldout = data.make_labelers(world, config.seed)
-    limit = start.config.block_size - config.max_new_tokens
-    rows = []
+    limit, rows = start.config.block_size - config.max_new_tokens, []
     for name, prompts, who, mixture in (
         ("comparisons", "comparison_prompts", labelers, COLLECTED),
         ("comparisons_valid", "valid", heldout, dict(sft=1.0)),
     ):
         tasks = data.encode_prompts(tokenizer, datasets[prompts], limit)
-        policies = dict(sft=start, hot=start, base=base)
         rows.append(collect(name, tasks, policies, tokenizer, world, who, config, mixture))
     return rows
 
@@ -275,46 +267,40 @@ def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
     Rows: prompt, responses, ranks, labeler, user, category, and per response its source, its rating and
     its sampled ids (a text encoded again may fall into other tokens than those that were sampled).
     """
-    ignore = ("epochs", "batch", "lr", "grad_clip", "folds")
-    weights = [
-        weight.cpu().numpy().tobytes() for source in mixture if source in policies
-        for weight in policies[source].state_dict().values()
-    ]
+    models = [policies[source].state_dict() for source in mixture if source in policies]
+    weights = b"".join(w.cpu().numpy().tobytes() for weights in models for w in weights.values())
     run = Run(
-        name, "comparisons", config, ignore, mixture=str(mixture),
-        weights_of_the_sources=zlib.crc32(b"".join(weights)),  # other samples, other comparisons
+        name, "comparisons", config, ("epochs", "batch", "lr", "grad_clip", "folds"), mixture=str(mixture),
+        weights_of_the_sources=zlib.crc32(weights),  # other samples, other comparisons
     )
-    if not run.finished:
-        run.begin(-(-len(tasks) // CHUNK), None, None)
-    for step in run if not run.finished else ():
+    if run.finished:
+        return data.read_jsonl(run.log_path)
+    run.begin(-(-len(tasks) // CHUNK))
+    for step in run:
         rng = random.Random(f"{name} {config.seed} {step}")
         chunk, rows = tasks[(step - 1) * CHUNK : step * CHUNK], []
-        sources = [
-            rng.choices(list(mixture), mixture.values(), k=rng.randint(config.k_min, config.k_max))
-            for _ in chunk
-        ]
+        count = lambda: rng.randint(config.k_min, config.k_max)
+        sources = [rng.choices(list(mixture), mixture.values(), k=count()) for _ in chunk]
         sampled = sample_sources(policies, tokenizer, chunk, sources, config, run.generator)
         for i, task in enumerate(chunk):
+            responses = {}  # every different one once, none empty: noise would rank equal ones
             for j, source in enumerate(sources[i]):
-                if (i, j) not in sampled:
-                    text = written(world, source, task, tasks, rng)
-                    sampled[i, j] = text, tokenizer.encode(text) + [tokenizer.eot]
-            # every different response once, none empty: noise would rank equal ones
-            kept = {sampled[i, j][0]: j for j in range(len(sources[i])) if sampled[i, j][0].strip()}
-            kept = sorted(kept.values())
-            if len(kept) < 2:
+                text, ids = sampled.get((i, j)) or written(world, source, task, tasks, tokenizer, rng)
+                responses.pop(text, None)
+                if text.strip():
+                    responses[text] = source, ids
+            if len(responses) < 2:
                 continue
-            texts, ids = zip(*(sampled[i, j] for j in kept))
-            labeler = rng.choice(labelers)
+            texts, labeler = list(responses), rng.choice(labelers)
+            kept, ids = zip(*responses.values())
             judged = data.label(world, labeler, task, texts, rng)
             rows.append(dict(
                 step=step, prompt=task["prompt"], responses=texts, ranks=judged["ranks"],
                 labeler=labeler["id"], user=task["user"], category=task["category"],
-                sources=[sources[i][j] for j in kept], ratings=judged["ratings"], tokens=ids,
+                sources=kept, ratings=judged["ratings"], tokens=ids,
             ))
         run.write(rows)
-    if not run.finished:
-        run.finish()
+    run.finish()
     return data.read_jsonl(run.log_path)
 
 
@@ -332,25 +318,25 @@ def sample_sources(policies, tokenizer, chunk, sources, config, generator):
     return sampled
 
 
-def written(world, source, task, tasks, rng):
-    """A response that no model wrote -> text."""
+def written(world, source, task, tasks, tokenizer, rng):
+    """A response that no model wrote -> text, ids."""
     if source == "labeler":
-        return data.imperfect(world, task, rng)
-    if source == "spoiled":
-        return data.spoiled(world, task, rng)
-    others = rng.sample(tasks, min(40, len(tasks)))
-    same = [other for other in others if other["category"] == task["category"]]
-    return rng.choice(same if same and rng.random() < 0.6 else tasks)["reply"]
+        text = data.imperfect(world, task, rng)
+    elif source == "spoiled":
+        text = data.spoiled(world, task, rng)
+    else:
+        others = rng.sample(tasks, min(40, len(tasks)))
+        same = [other for other in others if other["category"] == task["category"]]
+        text = rng.choice(same if same and rng.random() < 0.6 else tasks)["reply"]
+    return text, tokenizer.encode(text) + [tokenizer.eot]
 
 
 def cross_validate(start, tokenizer, groups, rows, pairs, config):
-    """Do reward models generalise to labelers they did not learn from? (InstructGPT, sec. 4.1, App.
-    E.2: 69.6% against 72.4% on their own)
+    """Do reward models generalise to labelers they did not learn from? (App. E.2: 69.6%, 72.4% on their own)
 
     Labelers are dealt into config.folds groups; a model learns from all but one, and is tested on that
-    one and, with prompts it has not seen, on its own. Prints both accuracies for each fold -> list of
-    (accuracy on its own labelers, on the others). Raises SystemExit if there are fewer labelers than
-    folds.
+    one and, with prompts it has not seen, on its own -> list of (accuracy on its own labelers, on the
+    others). Raises SystemExit if there are fewer labelers than folds.
     """
     names = sorted({row.get("labeler") for row in rows} - {None})
     message = f"--folds={config.folds}: the comparisons name {len(names)} labelers, fewer than that"
@@ -359,23 +345,20 @@ def cross_validate(start, tokenizer, groups, rows, pairs, config):
     check(len(rows) == len(groups), message)
     fold_of, results = {name: i % config.folds for i, name in enumerate(names)}, []
     for fold in range(config.folds):
-        held_out = [fold_of.get(row.get("labeler")) == fold for row in rows]
-        mine = [group for group, other in zip(groups, held_out) if not other]
-        others = [group for group, other in zip(groups, held_out) if other]
+        mine, others = [], []
+        for group, row in zip(groups, rows):
+            (others if fold_of.get(row.get("labeler")) == fold else mine).append(group)
         own = mine[::10]
         del mine[::10]
         run = Run(f"fold-{fold + 1}", "reward", config)
         reward_model = train(run, start, tokenizer, mine, others, pairs, config)
         results.append([evaluate(reward_model, part, run.device)["accuracy"] for part in (own, others)])
-        print(
-            f"fold {fold + 1}: accuracy on its own labelers {results[-1][0]:.3f}, "
-            f"on those it did not learn from {results[-1][1]:.3f}", flush=True,
-        )
+        numbers = "{:.3f}, on those it did not learn from {:.3f}".format(*results[-1])
+        print(f"fold {fold + 1}: accuracy on its own labelers {numbers}", flush=True)
     own, others = (sum(column) / len(results) for column in zip(*results))
     print(f"mean: {own:.3f} and {others:.3f}")
-    sft.write_text(
-        os.path.join(config.out, "folds.json"), json.dumps(dict(own=own, others=others, folds=results))
-    )
+    table = json.dumps(dict(own=own, others=others, folds=results))
+    sft.write_text(os.path.join(config.out, "folds.json"), table)
     return results
 
 

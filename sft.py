@@ -19,16 +19,19 @@ Differs from the paper in:
     python sft.py                     4 minutes on two CPU cores
     python sft.py --scale=tiny        seconds; its numbers mean nothing
 
-The file in order: the stage; below the bar, the plumbing of every stage: flags, checks, optimizers, a
-run that goes on where it was stopped, checkpoints.
+Below the bar stands the plumbing of every stage: optimizers, flags, runs that go on where they were
+stopped, checkpoints.
 """
 
+import contextlib
 import difflib
+import functools
 import json
 import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields
@@ -111,7 +114,7 @@ def valid_loss(gpt, batches):
     return total / count
 
 
-def train(run, gpt, optimizers, batches, valid, config, keep=None):
+def train(run, gpt, optimizers, batches, valid, config, keep={}):
     """The loop of every stage, in its simplest form: one step is batch, loss, backward, update, log.
 
     batches: for each step its rows, pairs of (prompt ids, response ids); a pretraining document is a
@@ -135,11 +138,11 @@ def train(run, gpt, optimizers, batches, valid, config, keep=None):
         loss.backward()
         optimizer_step(gpt, optimizers, cosine(step, len(batches)), config.grad_clip)
         # 3. log
-        if step % config.log_every == 0 or step == len(batches) or step in (keep or {}):
+        if step % config.log_every == 0 or step == len(batches) or step in keep:
             run.log(loss=loss.item(), **losses(), tokens_s=seen / run.seconds())
-        if step in (keep or {}):
+        if step in keep:
             weights = {name: w.detach().cpu().clone() for name, w in gpt.state_dict().items()}
-            run.parts["epochs"][keep[step]] = weights
+            run.state["epochs"][keep[step]] = weights
     run.finish()
 
 
@@ -182,10 +185,8 @@ def pretrain(config, datasets):
         tokenizer = data.Tokenizer(config.encoding)
     torch.manual_seed(config.seed)
     vocab_size = -(-tokenizer.n_vocab // 64) * 64  # a round number of rows: quicker matmuls
-    gpt = GPT(GPTConfig(
-        vocab_size, config.block_size, config.n_layer, config.n_head, config.n_embd,
-        lookup=config.lookup,
-    )).to(run.device)
+    sizes = config.block_size, config.n_layer, config.n_head, config.n_embd
+    gpt = GPT(GPTConfig(vocab_size, *sizes, lookup=config.lookup)).to(run.device)
     documents, valid = documents_of(config, datasets, tokenizer, gpt)
     primer = data.encode_documents(tokenizer, datasets["primer"], config.document_length)
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0
@@ -194,15 +195,19 @@ def pretrain(config, datasets):
         rows = max(1, config.base_tokens * len(texts) // max(1, sum(map(len, texts))))  # a step
         for chosen in data.bucketed(list(map(len, texts)), rows, config.seed, steps):
             batches.append([(texts[i][:1], texts[i][1:]) for i in chosen])
-    optimizers = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
-    run.begin(len(batches), gpt, tokenizer, muon=optimizers[0], adamw=optimizers[1])
-    train(run, gpt, optimizers, batches, dict(valid_loss=valid), config)
+    muon, adam = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
+    run.begin(len(batches), tokenizer, weights=gpt, muon=muon, adamw=adam)
+    train(run, gpt, [muon, adam], batches, dict(valid_loss=valid), config)
 
 
 def fine_tune(name, config, base, tokenizer, datasets):
     """sft.pt or ppo_init.pt from the base model, or from where it was stopped."""
-    is_baseline = name == "sft"
-    others = ("ppo_init_", "pretrain_share") if is_baseline else ("sft_epochs", "sft_lr")
+    if name == "sft":
+        epochs, lr, share = config.sft_epochs, config.sft_lr, 0.0
+        kept_epochs, others = {1, 2, 4, 8, 16, epochs}, ("ppo_init_", "pretrain_share")
+    else:
+        epochs, lr, share = config.ppo_init_epochs, config.ppo_init_lr, config.pretrain_share
+        kept_epochs, others = {}, ("sft_epochs", "sft_lr")
     run = Run(name, "policy", config, ignore=others)
     if run.finished:
         return
@@ -215,8 +220,7 @@ def fine_tune(name, config, base, tokenizer, datasets):
         data.encode_pairs(tokenizer, datasets[part], gpt.config.block_size)
         for part in ("demonstrations", "demonstrations_valid")
     )
-    epochs = config.sft_epochs if is_baseline else config.ppo_init_epochs
-    batches, share = [], 0.0 if is_baseline else config.pretrain_share
+    batches = []
     for epoch in range(epochs):
         rng = np.random.default_rng([config.seed, 100 + epoch])
         order = rng.permutation(len(pairs))
@@ -225,16 +229,13 @@ def fine_tune(name, config, base, tokenizer, datasets):
             rows = math.ceil(len(batch) * share / (1 - share))
             batch += [(document[:1], document[1:]) for document in data.draw(documents, rows, rng)]
             batches.append(batch)
-    steps = len(batches) // epochs  # of an epoch
-    kept_epochs = [e for e in (1, 2, 4, 8, 16, epochs) if e <= epochs] if is_baseline else []
-    optimizers = [adamw(gpt, config.sft_lr if is_baseline else config.ppo_init_lr)]
-    run.begin(len(batches), gpt, tokenizer, adamw=optimizers[0], epochs={})
-    held_out = dict(
-        valid_loss=[data.demonstration_batch(valid, config.train_on_prompts)],
-        pretrain_loss=valid_documents,
-    )
-    keep = {epoch * steps: epoch for epoch in kept_epochs}
-    train(run, gpt, optimizers, batches, held_out, config, keep)
+    optimizer = adamw(gpt, lr)
+    run.begin(len(batches), tokenizer, weights=gpt, adamw=optimizer)
+    run.state.setdefault("epochs", {})
+    valid = [data.demonstration_batch(valid, config.train_on_prompts)]
+    keep = {len(batches) // epochs * epoch: epoch for epoch in kept_epochs}
+    held_out = dict(valid_loss=valid, pretrain_loss=valid_documents)
+    train(run, gpt, [optimizer], batches, held_out, config, keep)
 
 
 def documents_of(config, datasets, tokenizer, gpt, valid_tokens=16_384):
@@ -253,132 +254,6 @@ def documents_of(config, datasets, tokenizer, gpt, valid_tokens=16_384):
 # ==================================================================================================
 # The bar: what follows is the plumbing of every stage, not needed to follow the algorithm.
 # ==================================================================================================
-
-
-# --------------------------------------------------------------------------------------------------
-# flags, checks, devices
-
-KINDS = {  # type of a flag -> its Python type, its range, both in words
-    str: (str, lambda v: True, "text"),
-    bool: (bool, lambda v: True, "true or false"),
-    int: (int, lambda v: True, "a whole number"),
-    float: (float, math.isfinite, "a number"),
-    Count: (int, lambda v: v >= 1, "a whole number, at least 1"),
-    Seed: (int, lambda v: v >= 0, "a whole number, not below 0"),
-    Rate: (float, lambda v: 0 < v < math.inf, "a number above 0"),
-    Share: (float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-    Amount: (float, lambda v: 0 <= v < math.inf, "a number, not below 0"),
-}
-
-
-def check(condition, message):
-    """Raises SystemExit unless condition: bad input ends in one line on stderr and exit status 1."""
-    if not condition:
-        raise SystemExit(message)
-
-
-def parse(Config, scales, argv):
-    """Command line -> Config: the defaults of the scale, then --name=value flags.
-
-    Without --scale it is gpu if a GPU is used, else cpu. Raises SystemExit for an unknown flag (with
-    its near misses) or scale, and for a value of the wrong type.
-    """
-    kinds = {field.name.rstrip("_"): (field.name, field.type) for field in fields(Config)}
-    flags = {}
-    for argument in argv:
-        name, _, text = argument.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if argument in ("-h", "--help"):
-            print(sys.modules[Config.__module__].__doc__)
-            print("\n".join(f"--{field.name.rstrip('_')}={field.default}" for field in fields(Config)))
-            raise SystemExit(0)
-        if not argument.startswith("--") or name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=3, cutoff=0.5) or sorted(kinds)
-            raise SystemExit(
-                f"unknown flag {argument}: did you mean {', '.join('--' + n for n in near)}?"
-            )
-        field, kind = kinds[name]
-        check("=" in argument or kind is bool, f"--{name} needs a value: write --{name}=VALUE")
-        flags[field] = convert(name, text if "=" in argument else "true", kind)
-    on_gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
-    scale = flags.setdefault("scale", "gpu" if on_gpu else "cpu")
-    check(scale in scales, f"--scale={scale} is unknown: choose one of {', '.join(scales)}")
-    known = {field.name for field in fields(Config)}
-    defaults = {**data.COMMON_SCALES[scale], **scales[scale]}
-    return Config(**{**{k: v for k, v in defaults.items() if k in known}, **flags})
-
-
-def convert(name, text, kind):
-    """The text of a flag as the value of its kind; SystemExit if it is none."""
-    booleans = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    type_, _, wanted = KINDS[kind]
-    try:
-        return booleans[text.lower()] if type_ is bool else type_(text)
-    except (ValueError, KeyError):
-        raise SystemExit(f"--{name}={text}: expected {wanted}") from None
-
-
-def check_flags(config):
-    """Every flag in its range, else SystemExit."""
-    for field in fields(config):
-        value, (_, holds, wanted) = getattr(config, field.name), KINDS[field.type]
-        check(holds(value), f"--{field.name.rstrip('_')}={value}: expected {wanted}")
-
-
-def check_config(config):
-    """Before anything trains: every flag in its range, given files and the device there, the output
-    folder made and writable. Raises SystemExit."""
-    check_flags(config)
-    if hasattr(config, "dtype"):
-        known = ("", "float32", "bfloat16")
-        check(config.dtype in known, f"--dtype={config.dtype} is unknown: use float32 or bfloat16")
-    for name in ("base", "sft", "ppo_init", "ref", "reward", "ppo"):
-        given = getattr(config, name, "")
-        missing = given.endswith((".pt", ".py")) and not os.path.exists(given)
-        check(not missing, f"{given} not found: correct --{name}, or leave it out to have it trained")
-        is_path = given.endswith(".pt") or name in ("base", "reward") or not given  # these take more
-        check(is_path, f"--{name}={given}: expected the path of a .pt file")
-    earlier = getattr(config, "from_", "")
-    check(not earlier or os.path.isdir(earlier), f"--from={earlier}: there is no such folder")
-    get_device(config.device)
-    try:
-        os.makedirs(config.out, exist_ok=True)
-        probe = os.path.join(config.out, f".probe-{os.getpid()}")
-        open(probe, "w").close()
-        os.remove(probe)
-    except OSError as problem:
-        raise SystemExit(
-            f"--out={config.out}: cannot write there ({problem.strerror}): choose another folder"
-        ) from None
-
-
-def get_device(name):
-    """'' picks cuda if it is there, else cpu -> torch.device. Raises SystemExit if it is not there."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    is_named = kind in ("cpu", "cuda") and (not index or index.isdecimal() and kind == "cuda")
-    check(is_named, f"--device={name} is unknown: use cpu, cuda, or cuda:0 and so on")
-    if kind == "cuda":
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        check(int(index or 0) < there, f"--device={name}: no such CUDA device is there: use --device=cpu")
-        torch.cuda.set_device(int(index or 0))
-        torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
-        # cuDNN's attention builds a plan, up to a second, for each new shape: ours are ragged
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device(name)
-
-
-def autocast(device, dtype=""):
-    """bfloat16: activations in bf16, master weights in fp32 (paper: fp16). '' is that on a GPU that has
-    bf16, float32 elsewhere."""
-    if not dtype and device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if native else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-
-# --------------------------------------------------------------------------------------------------
-# optimizers
 
 
 def adamw(network, lr, weight_decay=0.0, but=()):
@@ -419,6 +294,112 @@ def cosine(step, steps, floor=0.1):
 
 
 # --------------------------------------------------------------------------------------------------
+# flags and devices
+
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+KINDS = {  # type of a flag -> what reads its text, its range, both in words
+    str: (str, lambda v: True, "text"),
+    bool: (lambda text: BOOLEANS[text.lower()], lambda v: True, "true or false"),
+    int: (int, lambda v: True, "a whole number"),
+    float: (float, math.isfinite, "a number"),
+    Count: (int, lambda v: v >= 1, "a whole number, at least 1"),
+    Seed: (int, lambda v: v >= 0, "a whole number, not below 0"),
+    Rate: (float, lambda v: 0 < v < math.inf, "a number above 0"),
+    Share: (float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    Amount: (float, lambda v: 0 <= v < math.inf, "a number, not below 0"),
+}
+
+
+def check(condition, message):
+    """Raises SystemExit unless condition: bad input ends in one line on stderr and exit status 1."""
+    if not condition:
+        raise SystemExit(message)
+
+
+def parse(Config, scales, argv):
+    """Command line -> Config: the defaults of the scale, then --name=value flags.
+
+    Without --scale it is gpu if a GPU is used, else cpu. Raises SystemExit for an unknown flag (with
+    its near misses) or scale, and for a value of the wrong type.
+    """
+    known, flags = {field.name.rstrip("_"): field for field in fields(Config)}, {}
+    if {"-h", "--help"} & set(argv):
+        print(sys.modules[Config.__module__].__doc__)
+        print(*(f"--{name}={field.default}" for name, field in known.items()), sep="\n")
+        raise SystemExit(0)
+    for argument in argv:
+        name, has_value, text = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
+        is_flag = argument.startswith("--") and name in known
+        check(is_flag, f"unknown flag {argument}: did you mean {', '.join('--' + n for n in near)}?")
+        field = known[name]
+        check(has_value or field.type is bool, f"--{name} needs a value: write --{name}=VALUE")
+        read, _, wanted = KINDS[field.type]
+        try:
+            flags[field.name] = read(text if has_value else "true")
+        except (ValueError, KeyError):
+            raise SystemExit(f"--{name}={text}: expected {wanted}") from None
+    on_gpu = torch.cuda.is_available() and flags.get("device") != "cpu"
+    scale = flags.setdefault("scale", "gpu" if on_gpu else "cpu")
+    check(scale in scales, f"--scale={scale} is unknown: choose one of {', '.join(scales)}")
+    defaults = {**data.COMMON_SCALES[scale], **scales[scale]}
+    return Config(**{**{name: v for name, v in defaults.items() if name in known}, **flags})
+
+
+def check_flags(config):
+    """Every flag in its range, else SystemExit."""
+    for field in fields(config):
+        value, (_, holds, wanted) = getattr(config, field.name), KINDS[field.type]
+        check(holds(value), f"--{field.name.rstrip('_')}={value}: expected {wanted}")
+
+
+def check_config(config):
+    """Before anything trains: every flag in its range, given files and the device there, the output
+    folder made and writable. Raises SystemExit."""
+    check_flags(config)
+    dtype, earlier = getattr(config, "dtype", ""), getattr(config, "from_", "")
+    is_known = dtype in ("", "float32", "bfloat16")
+    check(is_known, f"--dtype={dtype} is unknown: use float32 or bfloat16")
+    check(not earlier or os.path.isdir(earlier), f"--from={earlier}: there is no such folder")
+    for name in ("base", "sft", "ppo_init", "ref", "reward", "ppo"):
+        given = getattr(config, name, "")
+        missing = given.endswith((".pt", ".py")) and not os.path.exists(given)
+        check(not missing, f"{given} not found: correct --{name}, or leave it out to have it trained")
+        is_path = given.endswith(".pt") or name in ("base", "reward") or not given  # these take more
+        check(is_path, f"--{name}={given}: expected the path of a .pt file")
+    get_device(config.device)
+    try:
+        os.makedirs(config.out, exist_ok=True)
+        tempfile.TemporaryFile(dir=config.out).close()
+    except OSError as problem:
+        reason = f"cannot write there ({problem.strerror})"
+        raise SystemExit(f"--out={config.out}: {reason}: choose another folder") from None
+
+
+def get_device(name):
+    """'' picks cuda if it is there, else cpu -> torch.device. Raises SystemExit if it is not there."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cuda", *gpus, "cpu"] if gpus else ["cpu"]
+    name = name or there[0]
+    check(name in there, f"--device={name} is not there: use one of {', '.join(there)}")
+    if name != "cpu":
+        torch.cuda.set_device(int(name.partition(":")[2] or 0))
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
+        # cuDNN's attention builds a plan, up to a second, for each new shape: ours are ragged
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device(name)
+
+
+def autocast(device, dtype=""):
+    """bfloat16: activations in bf16, master weights in fp32 (paper: fp16). '' is that on a GPU that has
+    bf16, float32 elsewhere."""
+    if not dtype and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype = "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+# --------------------------------------------------------------------------------------------------
 # a run: goes on where it was stopped
 
 NOT_RESULTS = ("out", "from_", "fresh", "device", "log_every", "save_seconds")  # these may change
@@ -433,7 +414,7 @@ def settings_of(config, ignore=()):
 
 class Run:
     """What a training loop needs beside the method: `for step in run` begins behind the last saved step,
-    seeds each step, shows a bar, saves in time, and ends in order at Ctrl-C.
+    seeds each step, shows a bar, saves in time, and ends in order at Ctrl-C. run.state: the checkpoint.
 
     Everything random is a function of seed and step (run.rng of numpy, run.generator and torch's own
     state, for dropout): a checkpoint needs no random states, and a run that was killed and started
@@ -442,80 +423,62 @@ class Run:
     """
 
     def __init__(self, name, kind, config, ignore=(), **more):
-        self.path, self.config = os.path.join(config.out, f"{name}.pt"), config
-        self.log_path = self.path.replace(".pt", ".jsonl")
-        self.device = get_device(config.device)
-        code = b"".join(open(m.__file__, "rb").read() for m in (model, data, sys.modules[__name__]))
-        code += open(sys.modules[type(config).__module__].__file__, "rb").read()
-        self.state = dict(
-            kind=kind, settings={**settings_of(config, ignore), **more}, code=zlib.crc32(code), step=0,
-            finished=False,
-        )
-        self.saved = None
+        self.config, self.device = config, get_device(config.device)
+        self.path, self.log_path = (os.path.join(config.out, name + end) for end in (".pt", ".jsonl"))
+        stage = sys.modules[type(config).__module__]
+        files = [open(m.__file__, "rb").read() for m in (model, data, sys.modules[__name__], stage)]
+        now, code = {**settings_of(config, ignore), **more}, zlib.crc32(b"".join(files))
+        self.state = dict(step=0, finished=False)
         if os.path.exists(self.path) and not config.fresh:
-            self.saved = load_checkpoint(self.path, kind, "run the same command again")
-            self.compare()
-        self.step = self.saved["step"] if self.saved else 0
-        self.finished = bool(self.saved and self.saved["finished"])
+            self.state = load_checkpoint(self.path, kind, "run the same command again")
+            # a flag that the checkpoint does not know was at its default
+            then = {**{field.name: field.default for field in fields(config)}, **self.state["settings"]}
+            differ = [f"--{k}={then.get(k)} there, {now[k]} now" for k in now if then.get(k) != now[k]]
+            flags = f"{self.path} was made with other flags ({', '.join(differ)})"
+            check(not differ, f"{flags}: choose another --out, or --fresh")
+            if self.state["code"] != code:
+                print(f"warning: {self.path} was made by other code: --fresh makes it anew")
+        self.state.update(kind=kind, settings=now, code=code)
+        self.step, self.finished = self.state["step"], self.state["finished"]
         if self.finished:
             print(f"{self.path} is there and finished")
 
-    def compare(self):
-        """Was the checkpoint made with the same settings? A flag that it does not know was at its
-        default."""
-        defaults = {field.name: field.default for field in fields(self.config)}
-        now, then = self.state["settings"], {**defaults, **self.saved["settings"]}
-        differ = [k for k in now if then.get(k) != now[k]]
-        flags = ", ".join(f"--{k}={then.get(k)} there, {now[k]} now" for k in differ)
-        check(
-            not differ,
-            f"{self.path} was made with other flags ({flags}): choose another --out, or --fresh",
-        )
-        if self.saved["code"] != self.state["code"]:
-            print(f"warning: {self.path} was made by other code: --fresh makes it anew")
-
-    def begin(self, steps, network, tokenizer, **parts):
-        """parts: what is saved beside the network's weights, optimizers, other networks, dicts."""
+    def begin(self, steps, tokenizer=None, **parts):
+        """parts: networks and optimizers, which are saved; weights: the network that has the tokenizer."""
         self.steps, self.parts, self.started = steps, parts, time.monotonic()
-        if network is not None:
-            self.parts = dict(weights=network, **parts)
-            self.state.update(config=asdict(network.config), tokenizer=tokenizer.state())
-        for name, part in self.parts.items() if self.saved else ():
-            part.load_state_dict(self.saved[name]) if has_state(part) else part.update(self.saved[name])
-        if self.saved:
-            print(f"{self.path}: going on from step {self.step}")
+        if tokenizer:
+            self.state.update(config=asdict(parts["weights"].config), tokenizer=tokenizer.state())
         rows = []
-        if os.path.exists(self.log_path):
-            with open(self.log_path, encoding="utf-8") as file:
+        if self.step:
+            for name, part in parts.items():
+                part.load_state_dict(self.state[name])
+            print(f"{self.path}: going on from step {self.step}")
+            with open(self.log_path, "a+", encoding="utf-8") as file:  # a+: it may be gone
+                file.seek(0)
                 rows = [line for line in file if line.endswith("\n")]  # the last may be cut short
-        write_text(self.log_path, "".join(r for r in rows if self.step and json.loads(r)["step"] <= self.step))
+        write_text(self.log_path, "".join(r for r in rows if json.loads(r)["step"] <= self.step))
 
     def __iter__(self):
-        self.last_save, self.wait, self.interrupted = time.monotonic(), self.config.save_seconds, False
+        self.due, self.interrupted = time.monotonic() + self.config.save_seconds, False
         previous = signal.signal(signal.SIGINT, self.interrupt)
+        steps = range(self.step + 1, self.steps + 1)
         try:
-            with tqdm(total=self.steps, initial=self.step, disable=None) as bar:
-                for self.step in range(self.step + 1, self.steps + 1):
-                    seed = self.config.seed * 1_000_003 + self.step
-                    torch.manual_seed(seed)
-                    self.generator = torch.Generator(self.device).manual_seed(seed)
-                    self.rng = np.random.default_rng([self.config.seed, self.step])
-                    yield self.step
-                    bar.update()
-                    if self.interrupted or time.monotonic() - self.last_save > self.wait:
-                        self.save()
-                    check(
-                        not self.interrupted,
-                        f"stopped after step {self.step}, saved in {self.path}: "
-                        "the same command goes on from there",
-                    )
+            for self.step in tqdm(steps, initial=self.step, total=self.steps, disable=None):
+                seed = self.config.seed * 1_000_003 + self.step
+                torch.manual_seed(seed)
+                self.generator = torch.Generator(self.device).manual_seed(seed)
+                self.rng = np.random.default_rng([self.config.seed, self.step])
+                yield self.step
+                if self.interrupted or time.monotonic() > self.due:
+                    self.save()
+                saved = f"stopped after step {self.step}, saved in {self.path}"
+                check(not self.interrupted, f"{saved}: the same command goes on from there")
         finally:
             signal.signal(signal.SIGINT, previous)
 
     def interrupt(self, *_):
-        if self.interrupted:  # a second Ctrl-C does not wait for the end of the step
-            raise KeyboardInterrupt
         self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one does not wait
 
     def seconds(self):
         """Since this process began with the run."""
@@ -536,52 +499,50 @@ class Run:
 
     def check_finite(self, loss):
         """Raises SystemExit at the first loss that is not a number, before it reaches the checkpoint."""
-        check(
-            math.isfinite(loss),
-            f"the loss is {loss} at step {self.step}: lower the learning rate; "
-            f"{self.path} keeps the last good step, if one was saved",
-        )
+        kept = f"{self.path} keeps the last good step, if one was saved"
+        message = f"the loss is {loss} at step {self.step}: lower the learning rate; {kept}"
+        check(math.isfinite(loss), message)
 
     def save(self, finished=False):
         begun = time.monotonic()
-        parts = {k: p.state_dict() if has_state(p) else p for k, p in self.parts.items()}
-        save_checkpoint(self.path, **{**self.state, **parts, "step": self.step, "finished": finished})
-        self.last_save = time.monotonic()
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        self.state.update(parts, step=self.step, finished=finished)
+        save_checkpoint(self.path, **self.state)
+        now = time.monotonic()
         # writing gigabytes takes its time: at most a twentieth of the run
-        self.wait = max(self.config.save_seconds, 20 * (self.last_save - begun))
+        self.due = now + max(self.config.save_seconds, 20 * (now - begun))
 
     def finish(self):
         """After the last step."""
         self.save(finished=True)
-        memory = peak_memory_gb()
-        print(f"wrote {self.path}: {self.steps} steps, {self.seconds():.0f} s, {memory:.2f} GB", flush=True)
+        spent = f"{self.seconds():.0f} s, {peak_memory_gb():.2f} GB"
+        print(f"wrote {self.path}: {self.steps} steps, {spent}", flush=True)
 
 
-def has_state(part):
-    """Is it a network or an optimizer?"""
-    return hasattr(part, "state_dict")
-
-
-def write_text(path, text):
-    """Write to a temporary name, then rename: a reader, or a kill, meets the old file or the new one."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".tmp", path)
-
-
-def save_checkpoint(path, **checkpoint):
-    """As write_text. Raises SystemExit if the file cannot be written; what was there before stays."""
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary name, renamed to path in the end: a reader, or a kill, meets the old file or the new.
+    Raises SystemExit if the file cannot be written; what was there before stays."""
     temporary = f"{path}.tmp"
     try:
-        torch.save(checkpoint, temporary)
+        yield temporary
         os.replace(temporary, path)
     except (OSError, RuntimeError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise SystemExit(
-            f"cannot write {path} ({reason}): free some space or choose another --out"
-        ) from None
+        message = f"cannot write {path} ({reason}): free some space or choose another --out"
+        raise SystemExit(message) from None
+
+
+def write_text(path, text):
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def save_checkpoint(path, **checkpoint):
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
 
 
 def where(config, name):
@@ -601,35 +562,27 @@ def load_checkpoint(path, kind, made_by):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"]
     except Exception:  # torch.load fails in many ways on what is cut short or was never a checkpoint
-        raise SystemExit(
-            f"{path} is damaged or is not a checkpoint of this project: delete it, then {made_by}"
-        ) from None
-    names = {"policy": "a policy", "reward": "a reward model", "comparisons": "comparisons"}
-    check(
-        found == kind,
-        f"{path} holds {names.get(found, found)}, expected {names.get(kind, kind)}: "
-        "did you mix up two paths?",
-    )
+        message = f"{path} is damaged or is not a checkpoint of this project: delete it, then {made_by}"
+        raise SystemExit(message) from None
+    names = {"policy": "a policy", "reward": "a reward model"}
+    holds = f"{path} holds {names.get(found, found)}, expected {names.get(kind, kind)}"
+    check(found == kind, f"{holds}: did you mix up two paths?")
     return checkpoint
 
 
-def load_policy(path, made_by, device, epoch=None):
-    """-> GPT in eval mode, its tokenizer, its checkpoint. epoch: one of the kept epochs of sft.pt; None
-    is the last. Raises SystemExit as load_checkpoint does, and if the checkpoint is not finished."""
-    checkpoint = load_checkpoint(path, "policy", made_by)
+def load_network(kind, path, made_by, device, epoch=None):
+    """-> GPT or ScalarGPT in eval mode, its tokenizer, its checkpoint. epoch: one of the kept epochs of
+    sft.pt; None is the last. Raises SystemExit as load_checkpoint does, and if it is not finished."""
+    checkpoint = load_checkpoint(path, kind, made_by)
     check(checkpoint["finished"], f"{path} is not finished: {made_by}")
-    gpt = GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0}))  # dropout is for SFT only
-    gpt.load_state_dict(checkpoint["epochs"][epoch] if epoch else checkpoint["weights"])
-    return gpt.to(device).eval(), data.Tokenizer(**checkpoint["tokenizer"]), checkpoint
+    network = GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0}))  # dropout is for SFT only
+    network = ScalarGPT(network) if kind == "reward" else network
+    network.load_state_dict(checkpoint["epochs"][epoch] if epoch else checkpoint["weights"])
+    return network.to(device).eval(), data.Tokenizer(**checkpoint["tokenizer"]), checkpoint
 
 
-def load_reward(path, made_by, device):
-    """-> ScalarGPT in eval mode, its tokenizer, its checkpoint. Raises SystemExit as load_policy does."""
-    checkpoint = load_checkpoint(path, "reward", made_by)
-    check(checkpoint["finished"], f"{path} is not finished: {made_by}")
-    scalar = ScalarGPT(GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0})))
-    scalar.load_state_dict(checkpoint["weights"])
-    return scalar.to(device).eval(), data.Tokenizer(**checkpoint["tokenizer"]), checkpoint
+load_policy = functools.partial(load_network, "policy")
+load_reward = functools.partial(load_network, "reward")
 
 
 def is_finished(path, kind="policy"):

@@ -187,7 +187,8 @@ def begin(out, steps=3, network=None, optimizers=(), **flags):
     """A run of so many steps, which begins or goes on where a run in this folder was stopped."""
     out.mkdir(exist_ok=True)
     run = sft.Run("x", "policy", Config(**{"out": str(out), "device": "cpu", "data": "a folder", **flags}))
-    run.begin(steps, network or tiny_gpt(), TOKENIZER, **{f"part {i}": x for i, x in enumerate(optimizers)})
+    parts = {f"part {i}": x for i, x in enumerate(optimizers)}
+    run.begin(steps, TOKENIZER, weights=network or tiny_gpt(), **parts)
     return run
 
 

@@ -207,7 +207,7 @@ SMALL = dict(
 def test_killed_at_any_line_and_started_again_gives_the_same_bits(chain, tmp_path, monkeypatch, capsys, stage):
     """All that is in the checkpoints, and the numbers of the logs. Every step is saved."""
     save, name = sft.Run.save, "reward" if stage == "comparisons" else stage
-    monkeypatch.setattr(sft.Run, "save", lambda run, **given: [save(run, **given), setattr(run, "wait", -1.0)])
+    monkeypatch.setattr(sft.Run, "save", lambda run, **given: [save(run, **given), setattr(run, "due", -1.0)])
     monkeypatch.setattr(reward, "CHUNK", 20)  # of 73 prompts
     for slow in ("World", "make_labelers"):
         monkeypatch.setattr(data, slow, functools.cache(getattr(data, slow)))
@@ -263,13 +263,13 @@ def test_an_error_is_one_line_on_stderr_and_status_1_but_help_is_none():
     ("ppo", "--lam=1.5", "--lam=1.5: expected a number from 0 to 1"),
     ("ppo", "--episodes=0", "--episodes=0: expected a whole number, at least 1"),
     ("ppo", "--episodes=1", "--episodes=1 is less than one rollout of 32"),
-    ("sft", "--device=cuda:99", "--device=cuda:99: no such CUDA device is there: use --device=cpu"),
+    ("sft", "--device=cuda:99", "--device=cuda:99 is not there: use one of "),
     ("sft", "--dtype=float16", "--dtype=float16 is unknown: use float32 or bfloat16"),
     ("sft", "--encoding=bytes", "no encoding"),
     ("sft", "--n_head=3", "--n_head=3 does not divide --n_embd=32"),
     ("sft", f"--out={__file__}/out", "cannot write there"),
-    ("reward", "--k_min=1", "at least 2"),
-    ("reward", "--k_max=3", "--k_max=3 is below --k_min=4"),
+    ("reward", "--k_min=1", "--k_min=1 --k_max=9: expected 2 or more"),
+    ("reward", "--k_max=3", "--k_min=4 --k_max=3: expected 2 or more, and no k_max below k_min"),
     ("reward", "--seed=1", 'sft.pt not found: run "python sft.py" first'),
     ("ppo", "--reward=silver", "--reward=silver is unknown"),
     ("ppo", "--reward=gold --data=x", "--reward=gold needs the miniature world"),
