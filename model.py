@@ -13,9 +13,6 @@ attention mask but the cache of `generate`, whose rows begin at different length
 
 Shapes: B sequences, T tokens in the padded row, C channels, nh heads, hs head size, V vocabulary,
 P longest prompt, R longest response, S slots of the cache, N unmasked tokens.
-
-The file in order: the network; its weights from elsewhere; the scalar head; rows and masks;
-log-probabilities; sampling.
 """
 
 import json
@@ -52,10 +49,8 @@ class GPTConfig:
 
 def rotate(x, angles):
     """Rotary positions (Su et al. 2021) on the first half of each head; the rest carries content.
-
     x (B, nh, T, hs), angles (B or 1, 1, T, hs // 4): position * frequency, by which each pair of channels
-    turns -> (B, nh, T, hs).
-    """
+    turns -> (B, nh, T, hs)."""
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     quarter = angles.size(-1)
     a, b, rest = x.split([quarter, quarter, x.size(-1) - 2 * quarter], dim=-1)
@@ -183,9 +178,8 @@ class GPT(nn.Module):
             for key, value in GPT2.items():
                 if raw.get(key, value) != value:
                     raise ValueError(f"{key} is {raw[key]!r}, this GPT needs {value!r}")
-            gpt = cls(GPTConfig(
-                raw["vocab_size"], raw["n_positions"], raw["n_layer"], raw["n_head"], raw["n_embd"]
-            ))
+            sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+            gpt = cls(GPTConfig(*(raw[size] for size in sizes)))
             weights = {key.removeprefix("transformer."): weight for key, weight in weights.items()}
             with torch.no_grad():
                 for key, ours in gpt.transformer.named_parameters():
@@ -198,7 +192,7 @@ class GPT(nn.Module):
         except KeyError as why:
             raise SystemExit(f"{name_or_folder}: {why} is missing: is this a GPT-2 checkpoint?")
         except Exception as why:  # a damaged file, no network, another model: they fail in many ways
-            reason = " ".join(str(why).split("\n")[:1])
+            reason = str(why).partition("\n")[0]
             raise SystemExit(f"{name_or_folder} cannot be used as GPT-2 weights: {reason}")
         return gpt
 
@@ -305,12 +299,16 @@ def microbatches(lengths):
     return pieces
 
 
+def in_order(results, pieces):
+    """What was computed for each piece of microbatches() -> one tensor, its rows in their order again."""
+    rows = torch.tensor(sum(pieces, []), device=results[0].device)
+    return torch.cat(results)[rows.argsort()]
+
+
 def by_length(function, network, tokens, mask, *arguments):
     """function(network, tokens (b, T), mask (b, T-1), *arguments) -> (b, T-1) on rows of similar length
-    at a time, cut behind their last unmasked action -> (B, T-1).
-
-    The numbers of one padded batch; on the world's texts, of 15 to 128 tokens, nearly twice as quickly.
-    """
+    at a time, cut behind their last unmasked action -> (B, T-1). The numbers of one padded batch; on the
+    world's texts, of 15 to 128 tokens, nearly twice as quickly."""
     columns = torch.arange(2, tokens.size(1) + 1, device=mask.device)
     lengths = (mask * columns).amax(1).clamp(min=2)  # (B,), up to the last action that counts
     pieces, results = microbatches(lengths), []
@@ -318,8 +316,7 @@ def by_length(function, network, tokens, mask, *arguments):
         T = int(lengths[rows[-1]])
         result = function(network, tokens[rows, :T], mask[rows, : T - 1], *arguments)
         results.append(F.pad(result, (0, tokens.size(1) - T)))
-    order = torch.tensor(sum(pieces, []), device=mask.device)
-    return torch.cat(results)[order.argsort()]
+    return in_order(results, pieces)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,10 +324,8 @@ def by_length(function, network, tokens, mask, *arguments):
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """log pi(tokens[:, t+1] | tokens[:, :t+1]): logits (B, T, V), tokens (B, T) -> (B, T-1), nats.
-
-    The one shift of this project: column t belongs to the action tokens[:, t + 1].
-    """
+    """log pi(tokens[:, t+1] | tokens[:, :t+1]): logits (B, T, V), tokens (B, T) -> (B, T-1), nats. The one
+    shift of this project: column t belongs to the action tokens[:, t + 1]."""
     logprobs = F.log_softmax(logits[:, :-1].float() / temperature, dim=-1)  # (B, T-1, V)
     return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
 
@@ -339,8 +334,7 @@ def masked_logprobs(gpt, tokens, mask, temperature=1.0):
     """token_logprobs(gpt(tokens), tokens, temperature) where mask is True, 0 elsewhere, nats.
 
     tokens (B, T), mask (B, T-1) -> (B, T-1). Logits are made at the unmasked positions only: with a
-    small model the vocabulary is most of the work.
-    """
+    small model the vocabulary is most of the work."""
     hidden = gpt.hidden(tokens, where=F.pad(mask, (0, 1)))  # (N, C)
     logits = gpt.lm_head(hidden / temperature).float()  # (N, V): dividing C numbers in place of V
     logprobs = -F.cross_entropy(logits, tokens[:, 1:][mask], reduction="none")  # (N,)
@@ -348,10 +342,8 @@ def masked_logprobs(gpt, tokens, mask, temperature=1.0):
 
 
 def masked_values(value_model, tokens, mask):
-    """The value of the state before each unmasked action, 0 elsewhere, score units.
-
-    tokens (B, T), mask (B, T-1) -> (B, T-1); column t has read tokens[:, :t + 1].
-    """
+    """The value of the state before each unmasked action, 0 elsewhere, score units: tokens (B, T),
+    mask (B, T-1) -> (B, T-1); column t has read tokens[:, :t + 1]."""
     values = value_model(tokens, where=F.pad(mask, (0, 1)))  # (N,)
     return torch.zeros(mask.shape, device=mask.device, dtype=values.dtype).masked_scatter(mask, values)
 
@@ -419,24 +411,21 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
     ends early. Temperature 0 is greedy. gpt must be in eval mode if it has dropout. Raises ValueError
     if a prompt is empty or does not fit the context together with its response.
     """
-    longest = max(len(prompt) for prompt in prompts)
-    if min(len(prompt) for prompt in prompts) == 0:
+    longest = max(map(len, prompts))
+    if not all(prompts):
         raise ValueError("a prompt is empty: give at least one token, for example eot")
     if longest + max_new_tokens > gpt.config.block_size:
-        raise ValueError(
-            f"prompt has {longest} tokens and {max_new_tokens} are to follow, but the context is "
-            f"{gpt.config.block_size}: shorten the prompt or lower --max_new_tokens"
-        )
+        wanted = f"prompt has {longest} tokens and {max_new_tokens} are to follow"
+        context = f"the context is {gpt.config.block_size}"
+        raise ValueError(f"{wanted}, but {context}: shorten the prompt or lower --max_new_tokens")
     # 1. read the prompts, those of similar length together
     tokens, lengths = pad(prompts, gpt.lm_head.weight.device)  # (B, P), (B,)
-    cache, logits = Cache(lengths, longest + max_new_tokens), [None] * len(prompts)
-    for cache.rows in microbatches(lengths):
+    cache, pieces, ends = Cache(lengths, longest + max_new_tokens), microbatches(lengths), []
+    for cache.rows in pieces:
         T = int(lengths[cache.rows[-1]])
         last = torch.arange(T, device=lengths.device) == lengths[cache.rows, None] - 1  # (b, T)
-        ends = gpt.lm_head(gpt.hidden(tokens[cache.rows, :T], cache, last))  # (b, V)
-        for row, end in zip(cache.rows, ends):
-            logits[row] = end
-    logits = torch.stack(logits)  # (B, V)
+        ends.append(gpt.lm_head(gpt.hidden(tokens[cache.rows, :T], cache, last)))  # (b, V)
+    logits = in_order(ends, pieces)  # (B, V)
     tokens = F.pad(tokens, (0, max_new_tokens))  # (B, P+R)
 
     # 2. one token for every row at a time
@@ -448,11 +437,10 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
         lengths[rows] += ~ended
         if eot is not None:
             ended = ended | (new == eot)
-            running = int((~ended).sum())
-            if running == 0:
+            stay = (~ended).nonzero().squeeze(1)
+            if len(stay) == 0:
                 break
-            if running <= 0.9 * len(rows):
-                stay = (~ended).nonzero().squeeze(1)
+            if len(stay) <= 0.9 * len(rows):
                 rows, new, ended = rows[stay], new[stay], ended[stay]
                 cache.select(stay)
         if step + 1 < max_new_tokens:

@@ -238,16 +238,16 @@ def fine_tune(name, config, base, tokenizer, datasets):
     train(run, gpt, [optimizer], batches, held_out, config, keep)
 
 
-def documents_of(config, datasets, tokenizer, gpt, valid_tokens=16_384):
-    """-> the pretraining documents as ids, and batches of those held out: up to so many tokens, the same
-    for every stage and the last table, so that the pretraining losses of all models compare."""
+def documents_of(config, datasets, tokenizer, gpt):
+    """-> the pretraining documents as ids, and batches of those held out: 16k tokens, the same for every
+    stage and the last table, so that the pretraining losses of all models compare."""
     length = min(config.document_length, gpt.config.block_size)
     documents, valid = (
         data.encode_documents(tokenizer, datasets[part], length)
         for part in ("pretrain", "pretrain_valid")
     )
     totals = np.cumsum([len(document) for document in valid])
-    valid = valid[: max(1, int((totals <= valid_tokens).sum()))]
+    valid = valid[: max(1, int((totals <= 16_384).sum()))]
     return documents, [data.document_batch(valid[i : i + 32]) for i in range(0, len(valid), 32)]
 
 

@@ -62,6 +62,7 @@ L are worked examples, each with its arithmetic beside it:
 """
 
 import json
+import os
 import random
 import sys
 from dataclasses import asdict
@@ -77,6 +78,30 @@ import model
 import sft
 
 torch.set_num_threads(1)
+
+
+def close(found, expected, atol=1e-10):
+    expected = torch.as_tensor(expected, dtype=found.dtype)
+    torch.testing.assert_close(found.detach(), expected.detach(), atol=atol, rtol=0)
+
+
+def same(a, b):
+    """Are two checkpoints, or parts of them, equal to the bit?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+class Trap:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 def tiny_gpt(seed=0, vocab_size=11, block_size=24, n_layer=2, n_head=2, n_embd=16, std=0.4, **more):
