@@ -37,14 +37,12 @@ L are worked examples, each with its arithmetic beside it:
     L2   eq. 1 for four ranked responses, and its gradient
     L3   the same scores plus 10
     L4   two of the four tied: the pair is dropped
-    L5   cross-entropy of the best of four, another loss
     L6   prompts of 4 and of 9 responses weigh the same
     L7   the shift to demonstrations
     L8   the std of fresh heads, for 8 channels
     L9   rewards shaped by the kl of four tokens
     L10  GAE on L9
     L11  GAE with lambda 1, and 0
-    L12  the score one index behind eot
     L13  whitened advantages of L10
     L14  whitened rewards of which the mean stays
     L15  whitening under a mask

@@ -2,6 +2,7 @@
 a run that goes on where it was stopped, checkpoints, flags."""
 
 import inspect
+import io
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import shutil
 import signal
 import sys
 import time
-import types
 from dataclasses import dataclass
 from unittest import mock
 
@@ -22,16 +22,11 @@ import model
 import ppo
 import reward
 import sft
-from conftest import save_tiny, tiny_gpt, tiny_scalar
+from conftest import Trap, same, save_tiny, tiny_gpt, tiny_scalar
 
 CPU = torch.device("cpu")
 TOKENS, MASK = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
-TOKENIZER = types.SimpleNamespace(state=lambda: {"name": "gpt2", "tokens": None})
-
-
-def same(a, b):
-    """Equal state dicts, to the bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+TOKENIZER = data.Tokenizer.train(["say cat"], 280)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,22 +121,17 @@ def test_cosine_decays_to_a_tenth():
     assert 9.65e-6 * factors[2] == pytest.approx(5.3075e-6)
 
 
-def test_first_step_of_adam():
-    """J23: with gradient g = eps = 1e-5 the first step is lr * g / (|g| + eps) = lr / 2;
-    with eps 1e-8 it would be 0.999 lr."""
-    layer = torch.nn.Linear(1, 1, bias=False).double()
-    before = layer.weight.item()
-    layer.weight.grad = torch.full((1, 1), 1e-5).double()
-    sft.adamw(layer, 1.0).step()
-    assert before - layer.weight.item() == pytest.approx(0.5, abs=1e-6)
-
-
-def test_weight_decay_is_for_matrices_only():
-    layer = torch.nn.Linear(1, 1)
+@pytest.mark.parametrize("gradient, decay, moves", [
+    # J23: with gradient g = eps = 1e-5 the first step is lr * g / (|g| + eps); with eps 1e-8 it would be 0.999 lr
+    (1e-5, 0.0, (0.05, 0.05)),
+    (0.0, 0.5, (0.05, 0.0)),  # decay is for matrices only: 0.1 * 0.5
+])
+def test_first_step_of_adam_at_a_rate_of_a_tenth(gradient, decay, moves):
+    layer = torch.nn.Linear(1, 1).double()
     for parameter in layer.parameters():
-        parameter.data, parameter.grad = torch.ones_like(parameter), torch.zeros_like(parameter)
-    sft.adamw(layer, 0.1, weight_decay=0.5).step()
-    assert layer.weight.item() == pytest.approx(0.95) and layer.bias.item() == 1  # 1 - 0.1 * 0.5
+        parameter.data, parameter.grad = torch.ones_like(parameter), torch.full_like(parameter, gradient)
+    sft.adamw(layer, 0.1, weight_decay=decay).step()
+    assert (1 - layer.weight.item(), 1 - layer.bias.item()) == pytest.approx(moves, abs=1e-7)
 
 
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
@@ -336,7 +326,7 @@ def test_a_network_comes_back_as_it_was(tmp_path, kind, load, network):
     loaded, tokenizer, checkpoint = load(str(tmp_path / "p.pt"), "", CPU)
     assert torch.equal(loaded(TOKENS), network(TOKENS)) and not loaded.training
     assert torch.equal(loaded.train()(TOKENS), network(TOKENS))
-    assert tokenizer.name == "gpt2" and checkpoint["step"] == 7
+    assert tokenizer.state() == TOKENIZER.state() and checkpoint["step"] == 7
 
 
 @KINDS
@@ -367,20 +357,24 @@ def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     assert path.read_bytes() == old and os.listdir(tmp_path) == there == ["p.pt"]
 
 
-class Trap:
-    """Unpickled, it would make a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("trapped",)
-
-
-@pytest.mark.parametrize("content", [tiny_gpt().state_dict(), dict(kind="policy", trap=Trap())])
-def test_a_foreign_file_ends_in_one_line_and_runs_no_code(tmp_path, monkeypatch, content):
+@pytest.mark.parametrize("damage", [
+    lambda raw: raw[:5000], lambda raw: b"PK a zip that is none", lambda raw: b"",
+    lambda raw: pickled(tiny_gpt().state_dict()), lambda raw: pickled(dict(kind="policy", trap=Trap("trapped"))),
+])
+def test_a_damaged_or_foreign_file_ends_in_one_line_is_left_alone_and_runs_no_code(tmp_path, monkeypatch, damage):
     monkeypatch.chdir(tmp_path)
-    torch.save(content, "p.pt")
+    path = tmp_path / "p.pt"
+    save_tiny(path, "policy", tiny_gpt(), TOKENIZER)
+    raw = damage(path.read_bytes())
+    path.write_bytes(raw)
     with pytest.raises(SystemExit, match="p.pt is damaged or is not a checkpoint of this project: delete it"):
         sft.is_finished("p.pt")
-    assert not (tmp_path / "trapped").exists()
+    assert path.read_bytes() == raw and os.listdir(tmp_path) == ["p.pt"]
+
+
+def pickled(content):
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------------
