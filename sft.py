@@ -45,11 +45,6 @@ import model
 from data import Amount, Common, Count, Rate, Seed, Share
 from model import GPT, GPTConfig, ScalarGPT
 
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
-
 
 @dataclass
 class Config(Common):
@@ -96,10 +91,7 @@ SCALES = dict(
 
 
 def lm_loss(gpt, tokens, mask):
-    """Mean over unmasked tokens of -log pi: tokens (B, T), mask (B, T-1) -> scalar, nats per token.
-
-    Computed on rows of similar length at a time (model.by_length).
-    """
+    """Mean over unmasked tokens of -log pi: tokens (B, T), mask (B, T-1) -> scalar, nats per token."""
     return -model.by_length(model.masked_logprobs, gpt, tokens, mask).sum() / mask.sum()
 
 
@@ -114,13 +106,14 @@ def valid_loss(gpt, batches):
     return total / count
 
 
-def train(run, gpt, optimizers, batches, valid, config, keep={}):
+def train(run, gpt, tokenizer, optimizers, batches, valid, config, keep={}):
     """The loop of every stage, in its simplest form: one step is batch, loss, backward, update, log.
 
-    batches: for each step its rows, pairs of (prompt ids, response ids); a pretraining document is a
-    pair whose prompt is its first token. valid: {name: list of (tokens, mask)}, whose losses are
-    logged. keep: {step: epoch}, the steps whose weights are kept.
+    optimizers: by name. batches: for each step its rows, pairs of (prompt ids, response ids); a
+    pretraining document is a pair whose prompt is its first token. valid: {name: list of (tokens,
+    mask)}, whose losses are logged. keep: {step: epoch}, the steps whose weights are kept.
     """
+    run.begin(len(batches), tokenizer, weights=gpt, **optimizers)
     losses = lambda: {name: valid_loss(gpt, held_out) for name, held_out in valid.items()}
     if run.step == 0:
         run.log(**losses())  # the untrained number is the baseline
@@ -136,7 +129,7 @@ def train(run, gpt, optimizers, batches, valid, config, keep={}):
             loss = lm_loss(gpt, tokens, mask)
         run.check_finite(loss.item())
         loss.backward()
-        optimizer_step(gpt, optimizers, cosine(step, len(batches)), config.grad_clip)
+        optimizer_step(gpt, optimizers.values(), cosine(step, len(batches)), config.grad_clip)
         # 3. log
         if step % config.log_every == 0 or step == len(batches) or step in keep:
             run.log(loss=loss.item(), **losses(), tokens_s=seen / run.seconds())
@@ -195,9 +188,8 @@ def pretrain(config, datasets):
         rows = max(1, config.base_tokens * len(texts) // max(1, sum(map(len, texts))))  # a step
         for chosen in data.bucketed(list(map(len, texts)), rows, config.seed, steps):
             batches.append([(texts[i][:1], texts[i][1:]) for i in chosen])
-    muon, adam = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
-    run.begin(len(batches), tokenizer, weights=gpt, muon=muon, adamw=adam)
-    train(run, gpt, [muon, adam], batches, dict(valid_loss=valid), config)
+    optimizers = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
+    train(run, gpt, tokenizer, optimizers, batches, dict(valid_loss=valid), config)
 
 
 def fine_tune(name, config, base, tokenizer, datasets):
@@ -216,10 +208,8 @@ def fine_tune(name, config, base, tokenizer, datasets):
     gpt.load_state_dict(base.state_dict())
     gpt.to(run.device)
     documents, valid_documents = documents_of(config, datasets, tokenizer, gpt)
-    pairs, valid = (
-        data.encode_pairs(tokenizer, datasets[part], gpt.config.block_size)
-        for part in ("demonstrations", "demonstrations_valid")
-    )
+    encode = lambda part: data.encode_pairs(tokenizer, datasets[part], gpt.config.block_size)
+    pairs, valid = encode("demonstrations"), encode("demonstrations_valid")
     batches = []
     for epoch in range(epochs):
         rng = np.random.default_rng([config.seed, 100 + epoch])
@@ -229,23 +219,19 @@ def fine_tune(name, config, base, tokenizer, datasets):
             rows = math.ceil(len(batch) * share / (1 - share))
             batch += [(document[:1], document[1:]) for document in data.draw(documents, rows, rng)]
             batches.append(batch)
-    optimizer = adamw(gpt, lr)
-    run.begin(len(batches), tokenizer, weights=gpt, adamw=optimizer)
     run.state.setdefault("epochs", {})
-    valid = [data.demonstration_batch(valid, config.train_on_prompts)]
     keep = {len(batches) // epochs * epoch: epoch for epoch in kept_epochs}
+    valid = [data.demonstration_batch(valid, config.train_on_prompts)]
     held_out = dict(valid_loss=valid, pretrain_loss=valid_documents)
-    train(run, gpt, [optimizer], batches, held_out, config, keep)
+    train(run, gpt, tokenizer, dict(adamw=adamw(gpt, lr)), batches, held_out, config, keep)
 
 
 def documents_of(config, datasets, tokenizer, gpt):
     """-> the pretraining documents as ids, and batches of those held out: 16k tokens, the same for every
     stage and the last table, so that the pretraining losses of all models compare."""
     length = min(config.document_length, gpt.config.block_size)
-    documents, valid = (
-        data.encode_documents(tokenizer, datasets[part], length)
-        for part in ("pretrain", "pretrain_valid")
-    )
+    encode = lambda part: data.encode_documents(tokenizer, datasets[part], length)
+    documents, valid = encode("pretrain"), encode("pretrain_valid")
     totals = np.cumsum([len(document) for document in valid])
     valid = valid[: max(1, int((totals <= 16_384).sum()))]
     return documents, [data.document_batch(valid[i : i + 32]) for i in range(0, len(valid), 32)]
@@ -270,10 +256,10 @@ def adamw(network, lr, weight_decay=0.0, but=()):
 def muon_and_adamw(gpt, muon_lr, lr, weight_decay):
     """Muon (Jordan et al. 2024) for the matrices of the blocks: each step is the momentum with all its
     singular values made equal, so that rare directions, such as copying a rare word, are learnt as
-    quickly as common ones. AdamW for embeddings and vectors -> list of both."""
+    quickly as common ones. AdamW for embeddings and vectors -> both, by name."""
     matrices = [p for p in gpt.transformer.h.parameters() if p.dim() >= 2]
     muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95)
-    return [muon, adamw(gpt, lr, weight_decay, but=matrices)]
+    return dict(muon=muon, adamw=adamw(gpt, lr, weight_decay, but=matrices))
 
 
 def optimizer_step(network, optimizers, factor, grad_clip):
@@ -300,7 +286,6 @@ BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "n
 KINDS = {  # type of a flag -> what reads its text, its range, both in words
     str: (str, lambda v: True, "text"),
     bool: (lambda text: BOOLEANS[text.lower()], lambda v: True, "true or false"),
-    int: (int, lambda v: True, "a whole number"),
     float: (float, math.isfinite, "a number"),
     Count: (int, lambda v: v >= 1, "a whole number, at least 1"),
     Seed: (int, lambda v: v >= 0, "a whole number, not below 0"),
@@ -317,15 +302,12 @@ def check(condition, message):
 
 
 def parse(Config, scales, argv):
-    """Command line -> Config: the defaults of the scale, then --name=value flags.
-
-    Without --scale it is gpu if a GPU is used, else cpu. Raises SystemExit for an unknown flag (with
-    its near misses) or scale, and for a value of the wrong type.
-    """
+    """Command line -> Config: the defaults of the scale (gpu if a GPU is used, else cpu), then --name=value
+    flags. Raises SystemExit for an unknown flag, with its near misses, or an ill-typed value."""
     known, flags = {field.name.rstrip("_"): field for field in fields(Config)}, {}
     if {"-h", "--help"} & set(argv):
-        print(sys.modules[Config.__module__].__doc__)
-        print(*(f"--{name}={field.default}" for name, field in known.items()), sep="\n")
+        flags = (f"--{name}={field.default}" for name, field in known.items())
+        print(sys.modules[Config.__module__].__doc__, *flags, sep="\n")
         raise SystemExit(0)
     for argument in argv:
         name, has_value, text = argument.removeprefix("--").partition("=")
@@ -402,13 +384,12 @@ def autocast(device, dtype=""):
 # --------------------------------------------------------------------------------------------------
 # a run: goes on where it was stopped
 
-NOT_RESULTS = ("out", "from_", "fresh", "device", "log_every", "save_seconds")  # these may change
-
 
 def settings_of(config, ignore=()):
     """What bears on a result: the flags, but for those whose names begin with a word of `ignore`, and
     the text of the world."""
-    flags = {k: v for k, v in asdict(config).items() if not k.startswith((*NOT_RESULTS, *ignore))}
+    ignore = ("out", "from_", "fresh", "device", "log_every", "save_seconds", *ignore)
+    flags = {name: v for name, v in asdict(config).items() if not name.startswith(ignore)}
     return flags if config.data else dict(flags, world=data.world_checksum())
 
 
@@ -448,22 +429,22 @@ class Run:
         self.steps, self.parts, self.started = steps, parts, time.monotonic()
         if tokenizer:
             self.state.update(config=asdict(parts["weights"].config), tokenizer=tokenizer.state())
-        rows = []
         if self.step:
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
             print(f"{self.path}: going on from step {self.step}")
-            with open(self.log_path, "a+", encoding="utf-8") as file:  # a+: it may be gone
-                file.seek(0)
-                rows = [line for line in file if line.endswith("\n")]  # the last may be cut short
-        write_text(self.log_path, "".join(r for r in rows if json.loads(r)["step"] <= self.step))
+        # the log is cut behind that step; its last line may have no end
+        is_kept = lambda row: self.step and row.endswith(b"\n") and json.loads(row)["step"] <= self.step
+        with open(self.log_path, "a+b") as file:
+            file.seek(0)
+            file.truncate(sum(len(row) for row in file if is_kept(row)))
 
     def __iter__(self):
         self.due, self.interrupted = time.monotonic() + self.config.save_seconds, False
         previous = signal.signal(signal.SIGINT, self.interrupt)
-        steps = range(self.step + 1, self.steps + 1)
+        left = range(self.step + 1, self.steps + 1)
         try:
-            for self.step in tqdm(steps, initial=self.step, total=self.steps, disable=None):
+            for self.step in tqdm(left, initial=self.step, total=self.steps, disable=None):
                 seed = self.config.seed * 1_000_003 + self.step
                 torch.manual_seed(seed)
                 self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -553,10 +534,8 @@ def where(config, name):
 
 
 def load_checkpoint(path, kind, made_by):
-    """Read the dict that save_checkpoint wrote; made_by says what to do.
-
-    Raises SystemExit if the file is missing, damaged, not ours, or holds another kind.
-    """
+    """Read the dict that save_checkpoint wrote. Raises SystemExit if the file is missing, damaged, not
+    ours, or holds another kind; made_by says what to do."""
     check(os.path.exists(path), f"{path} not found: {made_by}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -600,8 +579,11 @@ def peak_memory_gb():
     """Peak memory in GB: of the GPU if one is used, else of this process; 0 on Windows."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "win32":
+        return 0.0
+    import resource  # which Windows has not
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9 if resource else 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def start(main, Config, scales):

@@ -47,6 +47,7 @@ def batches_of(monkeypatch):
     def train(*args, **kwargs):
         given = signature.bind(*args, **kwargs).arguments
         seen[os.path.basename(given["run"].path)] = given["batches"]
+        given["run"].begin(0, given["tokenizer"], weights=given["gpt"])
         given["run"].finish()
 
     monkeypatch.setattr(sft, "train", train)
@@ -139,7 +140,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_all_the_rest():
     gpt = tiny_gpt(n_layer=3)
     muon, adamw = (
         sorted(id(p) for group in optimizer.param_groups for p in group["params"])
-        for optimizer in sft.muon_and_adamw(gpt, 0.02, 1e-3, 0.1)
+        for optimizer in sft.muon_and_adamw(gpt, 0.02, 1e-3, 0.1).values()
     )
     kinds = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     matrices = {f"transformer.h.{layer}.{kind}.weight" for layer in range(3) for kind in kinds}
@@ -173,12 +174,11 @@ class Config(data.Common):
     shuffle: bool = False
 
 
-def begin(out, steps=3, network=None, optimizers=(), **flags):
+def begin(out, steps=3, network=None, optimizers={}, **flags):
     """A run of so many steps, which begins or goes on where a run in this folder was stopped."""
     out.mkdir(exist_ok=True)
     run = sft.Run("x", "policy", Config(**{"out": str(out), "device": "cpu", "data": "a folder", **flags}))
-    parts = {f"part {i}": x for i, x in enumerate(optimizers)}
-    run.begin(steps, TOKENIZER, weights=network or tiny_gpt(), **parts)
+    run.begin(steps, TOKENIZER, weights=network or tiny_gpt(), **optimizers)
     return run
 
 
@@ -210,7 +210,7 @@ def test_two_optimizers_go_on_with_the_same_bits(tmp_path, stop):
         run = begin(tmp_path / name, 4, gpt, optimizers)
         for step in run:
             sft.lm_loss(gpt, TOKENS, MASK).backward()
-            sft.optimizer_step(gpt, optimizers, sft.cosine(step, 4), 1.0)
+            sft.optimizer_step(gpt, optimizers.values(), sft.cosine(step, 4), 1.0)
             if step == stop:
                 return run.save()
         return gpt.state_dict()
@@ -410,6 +410,6 @@ def test_on_a_cpu_activations_are_float32_unless_asked_for(dtype):
 def test_memory_is_counted_in_kb_on_linux_in_bytes_on_macos(monkeypatch, platform, gigabytes):
     resource = mock.Mock(**{"getrusage.return_value.ru_maxrss": 2_000_000})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sft, "resource", None if platform == "win32" else resource)  # Windows has none
+    monkeypatch.setitem(sys.modules, "resource", None if platform == "win32" else resource)  # as if missing
     monkeypatch.setattr(sys, "platform", platform)
     assert sft.peak_memory_gb() == pytest.approx(gigabytes)
