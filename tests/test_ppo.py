@@ -263,13 +263,7 @@ def test_kl_estimates_ignore_padding_and_are_zero_for_equal_policies():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# schedules and the moving average
-
-
-def test_warmup_is_linear_from_a_tenth():
-    """L23."""
-    found = [ppo.warmup(i, 10) for i in (0, 1, 5, 9, 10, 500)]
-    assert found == pytest.approx([0.10, 0.19, 0.55, 0.91, 1.0, 1.0])
+# the moving average
 
 
 def test_ema_by_hand():
