@@ -18,8 +18,6 @@ Differs from the paper in:
 
     python reward.py                  after python sft.py; 3 minutes on two CPU cores; writes reward.pt
     python reward.py --folds=5        only measures agreement with labelers it did not learn from
-
-Below the bar stands where comparisons come from.
 """
 
 import json

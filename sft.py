@@ -18,9 +18,6 @@ Differs from the paper in:
 
     python sft.py                     4 minutes on two CPU cores
     python sft.py --scale=tiny        seconds; its numbers mean nothing
-
-Below the bar stands the plumbing of every stage: optimizers, flags, runs that go on where they were
-stopped, checkpoints.
 """
 
 import contextlib
@@ -31,7 +28,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields
@@ -238,7 +234,8 @@ def documents_of(config, datasets, tokenizer, gpt):
 
 
 # ==================================================================================================
-# The bar: what follows is the plumbing of every stage, not needed to follow the algorithm.
+# The bar: what follows is the plumbing of every stage, not needed to follow the algorithm: optimizers,
+# flags, runs that go on where they were stopped, checkpoints.
 # ==================================================================================================
 
 
@@ -351,12 +348,10 @@ def check_config(config):
         is_path = given.endswith(".pt") or name in ("base", "reward") or not given  # these take more
         check(is_path, f"--{name}={given}: expected the path of a .pt file")
     get_device(config.device)
-    try:
+    with contextlib.suppress(OSError):
         os.makedirs(config.out, exist_ok=True)
-        tempfile.TemporaryFile(dir=config.out).close()
-    except OSError as problem:
-        reason = f"cannot write there ({problem.strerror})"
-        raise SystemExit(f"--out={config.out}: {reason}: choose another folder") from None
+    is_writable = os.path.isdir(config.out) and os.access(config.out, os.W_OK)
+    check(is_writable, f"--out={config.out}: cannot write there: choose another folder")
 
 
 def get_device(name):
