@@ -13,6 +13,7 @@ such numbers is tested by `python tests/findings.py`.
 The file in order: measures; the models of a run and their table; chat and compare.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -44,25 +45,20 @@ def interval(values):
 
 
 def win_rate(outcomes):
-    """Outcomes 1 (won), 0.5 (tie), 0 (lost), one a prompt -> rate, half-width of its normal 95%
-    interval, from the spread of the three values."""
+    """Outcomes 1 (won), 0.5 (tie), 0 (lost), one a prompt -> rate, half-width of its 95% interval."""
     return interval(outcomes)
 
 
 def entropy_bits(logprobs):
-    """Entropy over paired completions, as bias is measured (InstructGPT, sec. 4.2).
-
-    Total log-probability of each choice, (N, choices) in nats -> (N,) in bits. 1 bit for a pair
-    means no preference.
-    """
+    """Entropy over paired completions, as bias is measured (InstructGPT, sec. 4.2): total log-probability
+    of each choice, (N, choices) in nats -> (N,) in bits. 1 bit for a pair means no preference."""
     logprobs = torch.log_softmax(logprobs, dim=-1)
     return -(logprobs.exp() * logprobs).sum(-1) / math.log(2)
 
 
 def respond(policy, tokenizer, prompts, max_new_tokens, temperature, seed, device):
-    """-> a response to each prompt (text), sampled from a generator of its own: the same seed
-    gives every policy the same luck. Raises ValueError if a prompt does not fit the context
-    with its response."""
+    """-> a response to each prompt (text), sampled from a generator of its own: the same seed gives every
+    policy the same luck. Raises ValueError if a prompt does not fit the context with its response."""
     generator = torch.Generator(device).manual_seed(seed)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     return data.sample(policy, tokenizer, ids, max_new_tokens, temperature, generator)
@@ -73,32 +69,24 @@ def as_response(tokenizer, text):
     return text, tokenizer.encode(text) + [tokenizer.eot]
 
 
-def first_line(responses, tokenizer):
-    """What a model said up to the first line break: one that only saw pages does not know to stop."""
-    return [as_response(tokenizer, text.lstrip("\n").split("\n")[0]) for text, _ in responses]
-
-
 @torch.no_grad()
 def scores(judge, tokenizer, prompts, responses, device):
     """The judge's score of each response -> list of floats, one a prompt."""
-    prompts = [tokenizer.encode(prompt) for prompt in prompts]
-    rows = [prompt + ids for prompt, (_, ids) in zip(prompts, responses)]
-    given = []
-    for i in range(0, len(rows), 512):
-        starts = torch.tensor([len(prompt) for prompt in prompts[i : i + 512]], device=device)
-        tokens, lengths = model.pad(rows[i : i + 512], device)
+    pairs, given = [(tokenizer.encode(prompt), ids) for prompt, (_, ids) in zip(prompts, responses)], []
+    for i in range(0, len(pairs), 512):
+        batch = pairs[i : i + 512]
+        starts = torch.tensor([len(prompt) for prompt, _ in batch], device=device)
+        tokens, lengths = model.pad([prompt + ids for prompt, ids in batch], device)
         given += judge(tokens, starts, lengths).tolist()
     return given
 
 
 @torch.no_grad()
-def response_logprobs(policy, prompts, responses, device):
-    """log pi(response | prompt) of N prompts and responses (lists of ids) -> totals in nats, numbers of
-    tokens, both (N,)."""
+def response_logprobs(policy, pairs, device):
+    """log pi(response | prompt) of N pairs of ids -> totals in nats, numbers of tokens, both (N,)."""
     totals, counts = [], []
-    for i in range(0, len(prompts), 128):
-        tokens, mask = data.demonstration_batch(list(zip(prompts[i : i + 128], responses[i : i + 128])))
-        tokens, mask = tokens.to(device), mask.to(device)
+    for i in range(0, len(pairs), 128):
+        tokens, mask = (x.to(device) for x in data.demonstration_batch(pairs[i : i + 128]))
         totals.append(model.by_length(model.masked_logprobs, policy, tokens, mask).sum(1))
         counts.append(mask.sum(1))
     return torch.cat(totals), torch.cat(counts)
@@ -107,22 +95,20 @@ def response_logprobs(policy, prompts, responses, device):
 def choice_logprobs(policy, tokenizer, prompts, choices, device):
     """log pi(choice | prompt) of N prompts (text) and their choices (lists of texts) -> totals in nats,
     numbers of tokens, both (N, choices)."""
-    pairs = [(prompt, text) for prompt, texts in zip(prompts, choices) for text in texts]
-    ids = [[tokenizer.encode(text) for text in column] for column in zip(*pairs)]
-    shape = len(prompts), len(choices[0])
-    return [x.view(shape) for x in response_logprobs(policy, *ids, device)]
+    encode, shape = tokenizer.encode, (len(prompts), len(choices[0]))
+    pairs = [(encode(prompt), encode(text)) for prompt, texts in zip(prompts, choices) for text in texts]
+    return [x.view(shape) for x in response_logprobs(policy, pairs, device)]
 
 
 def mean_kl(policy, ref, tokenizer, prompts, responses, device):
     """KL(policy || ref), nats per response -> float: k1 on the policy's own samples (temperature 1)."""
-    ids = [tokenizer.encode(prompt) for prompt in prompts], [ids for _, ids in responses]
-    (new, _), (old, _) = (response_logprobs(gpt, *ids, device) for gpt in (policy, ref))
+    pairs = [(tokenizer.encode(prompt), ids) for prompt, (_, ids) in zip(prompts, responses)]
+    (new, _), (old, _) = (response_logprobs(gpt, pairs, device) for gpt in (policy, ref))
     return float((new - old).mean())
 
 
 def compare(golds, baseline):
-    """Gold scores of two models on the same prompts -> outcomes 1, 0.5, 0; a difference below a
-    millionth is a tie."""
+    """Gold scores of two models on the same prompts -> outcomes 1, 0.5 (less than 1e-6 apart), 0."""
     return [0.5 if abs(a - b) < 1e-6 else float(a > b) for a, b in zip(golds, baseline)]
 
 
@@ -131,9 +117,9 @@ def untied(outcomes):
     return [outcome for outcome in outcomes if outcome != 0.5] or [0.5]
 
 
-def compare_by_labelers(world, labelers, tasks, responses, baseline, seed=0):
+def compare_by_labelers(world, labelers, tasks, responses, baseline):
     """Each pair of responses is ranked by one of the labelers -> outcomes 1, 0.5, 0."""
-    rng, outcomes = random.Random(seed), []
+    rng, outcomes = random.Random(0), []
     for task, (text, _), (other, _) in zip(tasks, responses, baseline):
         first, second = data.label(world, rng.choice(labelers), task, [text, other], rng)["ranks"]
         outcomes.append(0.5 if first == second else float(first < second))
@@ -141,30 +127,27 @@ def compare_by_labelers(world, labelers, tasks, responses, baseline, seed=0):
 
 
 def agreement(world, labelers, judge, tokenizer, tasks, responses, device):
-    """How often two judges order two samples of one prompt alike, among the pairs that neither ties.
-
-    tasks, and for each a list of responses -> dict of shares: labelers with each other, the reward
-    model (judge) with labelers, and (what only a world knows) each with the gold preference; 0.5
-    without any pair.
-    """
-    rng = random.Random(0)
-    agree = {"labelers": [], "reward model": [], "gold and labelers": [], "gold and reward model": []}
+    """How often two judges order two samples of one prompt alike, among the pairs that neither ties:
+    tasks, and for each a list of responses -> dict of shares: labelers with each other, the reward model
+    (judge) with labelers, and each with the gold preference; 0.5 without any pair."""
+    rng, agree = random.Random(0), defaultdict(list)
     for task, samples in zip(tasks, responses):
         texts = [text for text, _ in samples]
         first, second = (
-            [-r for r in data.label(world, labeler, task, texts, rng)["ranks"]]
+            [-rank for rank in data.label(world, labeler, task, texts, rng)["ranks"]]
             for labeler in rng.sample(labelers, 2)
         )
         given = scores(judge, tokenizer, [task["prompt"]] * len(samples), samples, device)
         gold = [world.gold(task, text)["gold"] for text in texts]
-        judges = {
-            "labelers": (first, second), "reward model": (given, first),
-            "gold and labelers": (gold, first), "gold and reward model": (gold, given),
-        }
-        for name, (a, b) in judges.items():
-            for i, j in itertools.combinations(range(len(texts)), 2):
-                if abs(a[i] - a[j]) > 1e-6 and abs(b[i] - b[j]) > 1e-6:
-                    agree[name].append(float((a[i] > a[j]) == (b[i] > b[j])))
+        for name, a, b in (
+            ("labelers", first, second), ("reward model", given, first),
+            ("gold and labelers", gold, first), ("gold and reward model", gold, given),
+        ):
+            agree[name] += [
+                float((a[i] > a[j]) == (b[i] > b[j]))
+                for i, j in itertools.combinations(range(len(texts)), 2)
+                if abs(a[i] - a[j]) > 1e-6 and abs(b[i] - b[j]) > 1e-6
+            ]
     return {name: statistics.mean(outcomes or [0.5]) for name, outcomes in agree.items()}
 
 
@@ -185,9 +168,9 @@ def reading(world, tasks, responses):
 def questions(world, count, rng):
     """Different questions on facts, as test users put them -> tasks. For the share of false claims: the
     test prompts alone hold too few."""
-    tasks = {}
+    blocks, tasks = [block for block in world.blocks["open_qa"] if "answers" in block["demands"]], {}
     while len(tasks) < count:
-        block = rng.choice([block for block in world.blocks["open_qa"] if "answers" in block["demands"]])
+        block = rng.choice(blocks)
         task = world.instance(block, rng.choice(block["prompts"]), rng)
         if data.split_of(task) == "test":
             tasks[task["prompt"]] = task
@@ -209,7 +192,6 @@ class Config(Common):
 
 
 SCALES = dict(tiny=dict(), cpu=dict(), gpu=dict(), gpt2=dict())
-SAMPLES = 8  # printed at the end
 
 
 class Models:
@@ -218,19 +200,19 @@ class Models:
 
     def __init__(self, config):
         self.config, self.device = config, sft.get_device(config.device)
-        self.world = None if config.data else data.World()
         self.datasets = data.load(config.data, config.scale, config.seed)
         self.last = "PPO-ptx" if config.ptx_coef else "PPO"
-        self.paths = {"GPT": "base", "SFT": "sft", "PPO init": "ppo_init", self.last: "ppo"}
-        self.paths = {name: sft.where(config, file) for name, file in self.paths.items()}
+        self.tuned = ["SFT", "PPO init", self.last]
+        paths = zip(["GPT", *self.tuned], ("base", "sft", "ppo_init", "ppo"))
+        paths = {name: sft.where(config, file) for name, file in paths}
         made_by, self.policies, encodings = f"run python ppo.py --out={config.out}", {}, []
-        for name, path in self.paths.items():
+        for name, path in paths.items():
             if name == "GPT" and config.base and not config.base.endswith(".pt"):
                 self.policies[name] = model.GPT.from_pretrained(config.base).to(self.device).eval()
             else:
                 self.policies[name], self.tokenizer, _ = sft.load_policy(path, made_by, self.device)
                 encodings.append(self.tokenizer.state())
-        differ = f"{', '.join(self.paths.values())} have different encodings: take models of one run"
+        differ = f"{', '.join(paths.values())} have different encodings: take models of one run"
         check(encodings.count(encodings[0]) == len(encodings), differ)
         self.ref = self.policies["PPO init"]
         if config.ref:
@@ -241,11 +223,18 @@ class Models:
         self.prompts, self.sampled = [task["prompt"] for task in self.tasks], {}
         self.judge, _ = reward.load_judge(config, self.tokenizer, self.tasks + valid, self.device)
         self.valid_prompts = [row["prompt"] for row in valid[:200]]
-        best, self.by_epoch = self.best_epoch(self.paths["SFT"])
+        best, self.by_epoch = self.best_epoch(paths["SFT"])
         self.policies["SFT"] = best or self.policies["SFT"]
+        self.world = None if config.data else data.World()
         if self.world:
             self.labelers, self.heldout = data.make_labelers(self.world, config.seed)
-            self.choose_prefix()
+            rng = random.Random(0)
+            texts = [data.imperfect(self.world, task, rng) for task in self.tasks]
+            self.sampled["demonstrator", 1.0] = [as_response(self.tokenizer, text) for text in texts]
+            # the few-shot prefix with the highest score on validation prompts, as the paper's (sec. 3.5)
+            texts = "\n".join(data.content("prefixes.txt")).split("---")
+            score = lambda prefix: self.score_of(self.policies["GPT"], prefix)
+            self.prefix = max([text.strip("\n") + "\n" for text in texts], key=score)
 
     def scores(self, prompts, responses):
         return scores(self.judge, self.tokenizer, prompts, responses, self.device)
@@ -265,13 +254,6 @@ class Models:
             by_epoch[epoch] = self.score_of(policies[epoch])
         return policies.get(max(by_epoch, key=by_epoch.get, default=None)), by_epoch
 
-    def choose_prefix(self):
-        """The few-shot prefix with the highest score on validation prompts, as the paper's (sec. 3.5)."""
-        texts = "\n".join(data.content("prefixes.txt")).split("---")
-        prefixes = [text.strip("\n") + "\n" for text in texts]
-        self.by_prefix = [self.score_of(self.policies["GPT"], prefix) for prefix in prefixes]
-        self.prefix = prefixes[self.by_prefix.index(max(self.by_prefix))]
-
     def respond(self, policy, prompts, temperature=1.0, seed=1, prefix=""):
         """Responses of a policy, or of the model of this name, to any prompts -> list of (text, ids)."""
         if policy == "GPT prompted":
@@ -284,18 +266,15 @@ class Models:
         responses = respond(
             policy, self.tokenizer, prompts, self.config.max_new_tokens, temperature, seed, self.device
         )
-        return first_line(responses, self.tokenizer) if prefix else responses
+        if prefix:  # up to the first line break: a model that only saw pages does not know to stop
+            lines = (text.lstrip("\n").split("\n")[0] for text, _ in responses)
+            responses = [as_response(self.tokenizer, line) for line in lines]
+        return responses
 
     def responses(self, name, temperature=1.0):
         """Responses to the test prompts, sampled once."""
         if (name, temperature) not in self.sampled:
-            if name == "demonstrator":
-                rng = random.Random(0)
-                texts = [data.imperfect(self.world, task, rng) for task in self.tasks]
-                responses = [as_response(self.tokenizer, text) for text in texts]
-            else:
-                responses = self.respond(name, self.prompts, temperature)
-            self.sampled[name, temperature] = responses
+            self.sampled[name, temperature] = self.respond(name, self.prompts, temperature)
         return self.sampled[name, temperature]
 
     def golds(self, name, temperature=1.0):
@@ -303,47 +282,28 @@ class Models:
         pairs = zip(self.tasks, self.responses(name, temperature))
         return [self.world.gold(task, text)["gold"] for task, (text, _) in pairs]
 
-    def agreement(self, name, judge, count):
-        """Of held-out labelers and a judge, on four samples of a model to each of the first `count` test
-        prompts -> dict, as the function agreement says."""
-        tasks = self.tasks[:count]
-        four = self.respond(name, [task["prompt"] for task in tasks for _ in range(4)], seed=2)
-        four = [four[i : i + 4] for i in range(0, len(four), 4)]
-        return agreement(self.world, self.heldout, judge, self.tokenizer, tasks, four, self.device)
-
-
-def rows_of(models):
-    """-> the rows of the table: (model, temperature)."""
-    tuned = ["SFT", "PPO init", models.last]
-    world = bool(models.world)
-    at_1 = ["GPT", *["GPT prompted"] * world, *tuned, *["demonstrator"] * world]
-    return [(name, 1.0) for name in at_1] + [(name, 0.0) for name in tuned]
-
 
 def table_row(models, name, temperature):
     """What is known of a model's responses to the test prompts -> dict of means over prompts."""
-    responses, tasks, world = models.responses(name, temperature), models.tasks, models.world
+    responses, world = models.responses(name, temperature), models.world
     row = dict(model=name, T=temperature)
     if world:
-        parts = [world.gold(task, text) for task, (text, _) in zip(tasks, responses)]
-        row["gold"], row["±"] = interval(part["gold"] for part in parts)
+        golds, baseline = models.golds(name, temperature), models.responses("SFT", temperature)
+        row["gold"], row["±"] = interval(golds)
         # against the baseline at the same temperature: ties half, without ties, by held-out labelers
-        baseline = models.responses("SFT", temperature)
-        outcomes = compare(models.golds(name, temperature), models.golds("SFT", temperature))
-        by_labelers = compare_by_labelers(world, models.heldout, tasks, responses, baseline)
-        row.update(
-            win=win_rate(outcomes)[0], untied=win_rate(untied(outcomes))[0],
-            held_out=win_rate(untied(by_labelers))[0],
-        )
+        outcomes = compare(golds, models.golds("SFT", temperature))
+        by_labelers = compare_by_labelers(world, models.heldout, models.tasks, responses, baseline)
+        kinds = dict(win=outcomes, untied=untied(outcomes), held_out=untied(by_labelers))
+        row.update((kind, win_rate(some)[0]) for kind, some in kinds.items())
         # against who wrote the demonstrations: the gain in gold, paired by prompt
-        teacher = zip(models.golds(name, temperature), models.golds("demonstrator"))
-        row["teacher"], row["±t"] = interval(a - b for a, b in teacher)
+        row["teacher"], row["±t"] = interval(a - b for a, b in zip(golds, models.golds("demonstrator")))
+        parts = [world.gold(task, text) for task, (text, _) in zip(models.tasks, responses)]
         for key in ("follows", "constraint", "rude", "fluent", "padded"):
             row[key] = statistics.mean([p[key] for p in parts if p[key] is not None] or [0.0])
     row["score"] = statistics.mean(models.scores(models.prompts, responses))
-    if name in ("SFT", "PPO init", models.last) and temperature == 1:
-        kl = (models.policies[name], models.ref, models.tokenizer, models.prompts, responses)
-        row["kl"] = mean_kl(*kl, models.device)
+    if name in models.tuned and temperature == 1:
+        arguments = models.ref, models.tokenizer, models.prompts, responses, models.device
+        row["kl"] = mean_kl(models.policies[name], *arguments)
     row["length"] = statistics.mean(len(ids) for _, ids in responses)
     return row
 
@@ -354,29 +314,32 @@ def world_report(models):
     for name in ("GPT prompted", "SFT", last):  # greedy
         report[f"reading {name}"] = reading(world, tasks, models.respond(name, models.prompts, 0.0))
     asked = questions(world, 400, random.Random(0))
-    for name, temperature in (("SFT", 1.0), (last, 1.0), ("SFT", 0.0), (last, 0.0)):
+    for temperature, name in itertools.product((1.0, 0.0), ("SFT", last)):
         # false claims, among the answers that claim something
         replies = models.respond(name, [task["prompt"] for task in asked], temperature)
         parts = [world.gold(task, text) for task, (text, _) in zip(asked, replies)]
         false = [part["false"] for part in parts if part["claims"]]
         share, half = interval(false or [0.0])
         report[f"false claims {name} T={temperature:g}"] = dict(share=share, half=half, claims=len(false))
-        # by category of the prompt
-        by = defaultdict(list)
+        by = defaultdict(list)  # category of the prompt
         for task, gold in zip(tasks, models.golds(name, temperature)):
             by[task["category"]].append(gold)
         means = {category: statistics.mean(by[category]) for category in world.shares if by[category]}
         report[f"gold {name} T={temperature:g}"] = means
     # what is sharpening: sampled PPO against greedy SFT; and has it outgrown who taught it?
-    teacher = models.golds("demonstrator")
-    for temperature, other, golds in (
-        (1.0, "SFT T=0", models.golds("SFT", 0.0)),
-        (1.0, "the demonstrator", teacher), (0.0, "the demonstrator", teacher),
+    teacher = "the demonstrator", models.golds("demonstrator")
+    for temperature, (other, golds) in (
+        (1.0, ("SFT T=0", models.golds("SFT", 0.0))), (1.0, teacher), (0.0, teacher),
     ):
         outcomes = compare(models.golds(last, temperature), golds)
         of_all = dict(zip(("win", "half"), win_rate(outcomes)), untied=win_rate(untied(outcomes))[0])
         report[f"{last} T={temperature:g} against {other}"] = of_all
-    report["agreement"] = models.agreement("SFT", models.judge, 300)
+    # held-out labelers and the reward model on four samples of SFT to each prompt
+    prompts = [prompt for prompt in models.prompts[:300] for _ in range(4)]
+    samples = models.respond("SFT", prompts, seed=2)
+    four = [samples[i : i + 4] for i in range(0, len(samples), 4)]
+    judges = models.heldout, models.judge, models.tokenizer
+    report["agreement"] = agreement(world, *judges, tasks, four, models.device)
     for name, numbers in report.items():
         print(f"{name}: " + "  ".join(f"{key} {value:.3g}" for key, value in numbers.items()))
     return report
@@ -391,29 +354,29 @@ def main(config):
         by_epoch = "  ".join(f"{epoch}: {score:.2f}" for epoch, score in models.by_epoch.items())
         best = max(models.by_epoch, key=models.by_epoch.get)
         print(f"SFT epoch {best} has the highest score on validation prompts: {by_epoch}")
-    table = [table_row(models, name, temperature) for name, temperature in rows_of(models)]
+    tuned, world = models.tuned, models.world
+    at_1 = ["GPT", "GPT prompted", *tuned, "demonstrator"] if world else ["GPT", *tuned]
+    shown = [(name, 1.0) for name in at_1] + [(name, 0.0) for name in tuned]
+    table = [table_row(models, name, temperature) for name, temperature in shown]
     _, documents = sft.documents_of(config, models.datasets, models.tokenizer, models.ref)
     for row in table:
         if row["model"] in models.policies and row["T"] == 1:
             row["pretrain_loss"] = sft.valid_loss(models.policies[row["model"]], documents)
     print_table(table)
-    report = world_report(models) if models.world else {}
+    report = world_report(models) if world else {}
     contents = dict(table=table, report=report, prompts=len(models.prompts), sft_epochs=models.by_epoch)
     sft.write_text(os.path.join(config.out, "table.json"), json.dumps(contents, indent=1))
-    rows = []
-    for i, task in enumerate(models.tasks):
-        row = {key: task[key] for key in ("prompt", "category") if key in task}
-        for name, temperature in rows_of(models):
-            text = models.responses(name, temperature)[i][0]
+    rows = [{key: task[key] for key in ("prompt", "category") if key in task} for task in models.tasks]
+    for name, temperature in shown:
+        for row, (text, _) in zip(rows, models.responses(name, temperature)):
             row[f"{name} T={temperature:g}"] = text
-            if models.world:
-                row[f"gold {name} T={temperature:g}"] = models.world.gold(task, text)["gold"]
-        rows.append(row)
+        for row, gold in zip(rows, models.golds(name, temperature) if world else []):
+            row[f"gold {name} T={temperature:g}"] = gold
     sft.write_text(os.path.join(config.out, "responses.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
-    for i, row in enumerate(rows[:SAMPLES]):  # the first test prompts, whatever they show
+    for i, row in enumerate(rows[:8]):  # the first test prompts, whatever they show
         print(f"\n[{i}] {row['prompt']!r}")
-        for key in [key for key in row if key.endswith("T=1") and not key.startswith("gold ")]:
-            print(f"    {key:18s} {row[key]!r}")
+        for name in at_1:
+            print(f"    {name + ' T=1':18s} {row[name + ' T=1']!r}")
     if config.scale == "tiny":
         print("\nscale tiny: a test of the plumbing, the numbers above mean nothing")
     return table
@@ -422,20 +385,14 @@ def main(config):
 def print_table(table):
     """Rows (dicts) -> one line each under the names of their keys, missing cells empty."""
     columns = list(dict.fromkeys(key for row in table for key in row))
-
-    def cell(value, column):
-        text = f"{value:g}" if column == "T" else f"{value:.3f}" if isinstance(value, float) else value
-        return f"{text:14}" if column == "model" else f"{text:>{max(len(column), 6)}}"
-
-    for row in [{column: column for column in columns}, *table]:
-        cells = (cell(row.get(c, ""), "" if row.get(c) == c and c != "model" else c) for c in columns)
-        print("  ".join(cells))
+    text = lambda x, key: x if isinstance(x, str) else f"{x:.{0 if key == 'T' else 3}f}"
+    for row in [{key: key for key in columns}, *table]:
+        cells = (f"{text(row.get(key, ''), key):>{max(len(key), 6)}}" for key in columns[1:])
+        print("  ".join([f"{row['model']:14}", *cells]))
 
 
 # --------------------------------------------------------------------------------------------------
 # talking to it: python eval.py chat, python eval.py compare
-
-POLICIES = ("base", "sft", "ppo_init", "ppo")
 
 
 @dataclass
@@ -465,25 +422,20 @@ def typed(marker):
     """Yields the lines of stdin, empty ones left out. The marker is for a terminal: output that goes
     on to another program is responses only."""
     marker = marker if sys.stdin.isatty() and sys.stdout.isatty() else ""
-    while True:
-        try:
-            line = input(marker).strip()
-        except EOFError:
-            if marker:
-                print()
-            return
-        if line:
-            yield line
+    with contextlib.suppress(EOFError):
+        while True:
+            if line := input(marker).strip():
+                yield line
+    print(end="\n" if marker else "")
 
 
 def fits(tokenizer, prompt, context, max_new_tokens):
     """Is there room for the prompt and its response in `context` tokens? If not, one line says so."""
     count = len(tokenizer.encode(prompt))
     if count + max_new_tokens > context:
-        print(
-            f"this prompt has {count} tokens and {max_new_tokens} are to follow, but the context is "
-            f"{context}: shorten it or lower --max_new_tokens", file=sys.stderr,
-        )
+        counts = f"this prompt has {count} tokens and {max_new_tokens} are to follow"
+        advice = f"the context is {context}: shorten it or lower --max_new_tokens"
+        print(f"{counts}, but {advice}", file=sys.stderr)
     return count + max_new_tokens <= context
 
 
@@ -508,8 +460,7 @@ def chat(config):
     """A dialogue with one model, in the world's template: "human: {text}\\nai:" and a response, which
     begins with a space; the next turn on a new line. Nothing a model writes is cut: a raw GPT goes on
     with the human's next turn."""
-    in_out = os.path.join(config.out, f"{config.model}.pt")
-    path = config.model if config.model.endswith(".pt") else in_out
+    path = config.model if config.model.endswith(".pt") else os.path.join(config.out, f"{config.model}.pt")
     made_by = f"run python ppo.py --out={config.out} first, or choose another --model"
     device = sft.get_device(config.device)
     policy, tokenizer, _ = sft.load_policy(path, made_by, device)
@@ -530,10 +481,8 @@ def chat(config):
         while len(tokenizer.encode("".join(kept) + turn)) + size > context:
             kept = kept[1:]
         if len(kept) < len(turns):
-            print(
-                f"the context of {context} tokens is full: oldest turns left out, "
-                f"{len(turns) - len(kept)} of {len(turns)}", file=sys.stderr,
-            )
+            left_out = f"oldest turns left out, {len(turns) - len(kept)} of {len(turns)}"
+            print(f"the context of {context} tokens is full: {left_out}", file=sys.stderr)
         prompt = "".join(kept) + turn
         if config.verbose:
             print(f"{prompt!r}, {len(tokenizer.encode(prompt))} tokens", file=sys.stderr)
@@ -555,40 +504,35 @@ def side_by_side(config, lines):
     device = sft.get_device(config.device)
     path = lambda name: os.path.join(config.out, f"{name}.pt")
     made_by, loaded = f"run python ppo.py --out={config.out}", {}
-    for name in (*POLICIES, "reward"):
+    for name in ("base", "sft", "ppo_init", "ppo", "reward"):
         kind, load = ("reward", sft.load_reward) if name == "reward" else ("policy", sft.load_policy)
         if sft.is_finished(path(name), kind):
             loaded[name] = load(path(name), made_by, device)[:2]
     policies = {name: network for name, (network, _) in loaded.items() if name != "reward"}
     check(policies, f"{config.out} holds no finished model: {made_by} first")
-    [tokenizer, *others] = [tokenizer for _, tokenizer in loaded.values()]
-    check(
-        all(other.state() == tokenizer.state() for other in others),
-        f"the models in {config.out} have different encodings: train them again in one --out",
-    )
-    for name, without in (("reward", "score"), ("ppo_init", "kl")):
-        if name not in loaded:
-            print(f"no finished {path(name)}: {without} left out", file=sys.stderr)
-    columns = ["score"] * ("reward" in loaded) + ["kl"] * ("ppo_init" in loaded) + ["length", "response"]
+    tokenizer, *others = (tokenizer for _, tokenizer in loaded.values())
+    differ = f"the models in {config.out} have different encodings: train them again in one --out"
+    check(all(other.state() == tokenizer.state() for other in others), differ)
+    score = lambda policy, *given: scores(reward.model_judge(loaded["reward"][0]), *given)[0]
+    kl = lambda policy, *given: mean_kl(policy, policies["ppo_init"], *given)
+    measures = {}
+    for name, column, measure in (("reward", "score", score), ("ppo_init", "kl", kl)):
+        if name in loaded:
+            measures[column] = measure
+        else:
+            print(f"no finished {path(name)}: {column} left out", file=sys.stderr)
     context = min(network.config.block_size for network, _ in loaded.values())
     for prompt in (plain_prompt(line) for line in lines if line.strip()):
         if not fits(tokenizer, prompt, context, config.max_new_tokens):
             continue
         print(repr(prompt))
-        print(" " * 12 + "  ".join(f"{column:>6}" for column in columns))
+        print(" " * 12 + "  ".join(f"{column:>6}" for column in (*measures, "length", "response")))
         for name, policy in policies.items():
-            for response in respond(
-                policy, tokenizer, [prompt] * config.samples, config.max_new_tokens,
-                config.temperature, config.seed, device,
-            ):
-                arguments, row = (tokenizer, [prompt], [response], device), []
-                if "score" in columns:
-                    judge = reward.model_judge(loaded["reward"][0])
-                    row.append(f"{scores(judge, *arguments)[0]:6.3f}")
-                if "kl" in columns:
-                    row.append(f"{mean_kl(policy, policies['ppo_init'], *arguments):6.3f}")
-                row += [f"{len(response[1]):6d}", repr(response[0])]
-                print(f"  {name:10}" + "  ".join(row))
+            prompts, luck = [prompt] * config.samples, (config.temperature, config.seed, device)
+            for response in respond(policy, tokenizer, prompts, config.max_new_tokens, *luck):
+                given = tokenizer, [prompt], [response], device
+                row = [f"{measure(policy, *given):6.3f}" for measure in measures.values()]
+                print(f"  {name:10}" + "  ".join([*row, f"{len(response[1]):6d}", repr(response[0])]))
         print(flush=True)
 
 
@@ -599,8 +543,7 @@ def talk(command, arguments):
     try:
         for file in (sys.stdin, sys.stdout):
             file.reconfigure(errors="replace")  # bytes that are no text
-        scales = dict.fromkeys(SCALES, {})
-        config = sft.parse(TalkConfig, scales, [a for a in arguments if a not in prompts])
+        config = sft.parse(TalkConfig, SCALES, [a for a in arguments if a not in prompts])
         sft.check_flags(config)
         check(config.template in ("chat", "plain"), f"--template={config.template}: expected chat or plain")
         if command == "chat":

@@ -32,8 +32,7 @@ def world():
     ([1, 1, 0.5, 0], 0.625, 0.469139),
     # L29: (50 * 0.16 + 20 * 0.01 + 30 * 0.36) / 99 = 0.191919; 1.96 * sqrt(0.191919 / 100)
     ([1] * 50 + [0.5] * 20 + [0] * 30, 0.6, 0.085865),
-    ([0.5] * 30, 0.5, 0.0),  # a model against itself: nothing is left to chance
-    ([1], 1.0, 0.0),  # one number has no width
+    ([0.5] * 30, 0.5, 0.0), ([1], 1.0, 0.0),  # a model against itself; one number has no width
 ])
 def test_win_rate_and_its_interval(outcomes, rate, half_width):
     assert eval.win_rate(outcomes) == pytest.approx((rate, half_width), abs=1e-6)
@@ -54,8 +53,7 @@ def test_entropy_bits_of_pairs():
     assert eval.entropy_bits(torch.full((1, 4), -7.0)).tolist() == [2.0]
 
 
-@pytest.mark.parametrize("sign, share", [(1, 1.0), (-1, 0.0)])
-def test_labelers_without_noise_decide_as_gold_and_agree_with_who_does(world, monkeypatch, sign, share):
+def test_labelers_without_noise_decide_as_gold_and_agree_with_who_does(world, monkeypatch):
     rng, golds = random.Random(0), {}
     exact = dict(id="exact", weights=dict(helpful=1, true=1, harmless=1), length=0, noise=0, tie=0)
     tasks = [world.task(rng) for _ in range(40)]
@@ -63,18 +61,10 @@ def test_labelers_without_noise_decide_as_gold_and_agree_with_who_does(world, mo
     for task, *pair in zip(tasks, good, bad):
         golds[task["prompt"]] = [world.gold(task, text)["gold"] for text, _ in pair]
     assert eval.compare_by_labelers(world, [exact], tasks, good, bad) == eval.compare(*zip(*golds.values()))
-    monkeypatch.setattr(eval, "scores", lambda judge, _, prompts, *__: [sign * x for x in golds[prompts[0]]])
-    found = eval.agreement(world, [exact, exact], None, None, tasks, list(zip(good, bad)), CPU)
-    assert list(found.values()) == [1, share, 1, share]  # labelers, reward model; gold with either
-
-
-def test_mean_kl_counts_response_tokens_only_and_is_zero_for_the_reference_itself():
-    """By hand, from the two models' full forwards: sum over the response of log pi - log ref, over 1 prompt."""
-    policy, ref, tokens = tiny_gpt(0), tiny_gpt(1), torch.tensor([[1, 2, 3, 4]])  # prompt "ab", response 3 4
-    log_ratio = policy(tokens).log_softmax(-1) - ref(tokens).log_softmax(-1)
-    by_hand = log_ratio[0, 1, 3] + log_ratio[0, 2, 4]  # logits[t] predicts tokens[t + 1]
-    kl = lambda ref: eval.mean_kl(policy, ref, Letters(), ["ab"], [("", [3, 4])], CPU)
-    assert kl(ref) == pytest.approx(by_hand.item(), abs=1e-5) and kl(policy) == 0.0
+    monkeypatch.setattr(eval, "scores", lambda sign, _, prompts, *__: [sign * x for x in golds[prompts[0]]])
+    for sign, share in ((1, 1.0), (-1, 0.0)):  # a judge that knows gold, and its opposite
+        found = eval.agreement(world, [exact, exact], sign, None, tasks, list(zip(good, bad)), CPU)
+        assert list(found.values()) == [1, share, 1, share]  # labelers, reward model; gold with either
 
 
 def test_scores_hand_the_judge_prompt_and_response():
@@ -84,17 +74,24 @@ def test_scores_hand_the_judge_prompt_and_response():
     assert eval.scores(judge, Letters(), ["ab", "c", "a"], responses, CPU) == [304.0, 909.0, 507.0]
 
 
-def test_choice_logprobs_by_hand_from_a_full_forward():
-    """140 rows are more than one batch, and of several lengths."""
-    gpt, text = tiny_gpt(), "abcdefghij"
+def test_choice_logprobs_and_mean_kl_by_hand_from_full_forwards():
+    """140 rows are more than one batch, and of several lengths. Only tokens of the response count."""
+    policy, ref, text = tiny_gpt(0), tiny_gpt(1), "abcdefghij"
     prompts, choices = zip(*((text[: 1 + i % 5], [text[i % 7 : i % 7 + 2], "j"]) for i in range(70)))
-    totals, counts = eval.choice_logprobs(gpt, Letters(), prompts, choices, CPU)
+    totals, counts = eval.choice_logprobs(policy, Letters(), prompts, choices, CPU)
+
+    def by_hand(gpt, prompt, response):
+        ids = Letters().encode(prompt + response)
+        logprobs = gpt(torch.tensor([ids])).log_softmax(-1)[0]  # row t predicts ids[t + 1]
+        return sum(logprobs[t - 1, ids[t]].item() for t in range(len(prompt), len(ids)))
+
     assert counts.tolist() == [[2, 1]] * 70
     for row, column in ((0, 0), (40, 1), (63, 0), (64, 1), (69, 0)):
-        ids = Letters().encode(prompts[row] + choices[row][column])
-        logprobs = gpt(torch.tensor([ids])).log_softmax(-1)[0]
-        by_hand = sum(logprobs[t - 1, ids[t]].item() for t in range(len(prompts[row]), len(ids)))
-        assert totals[row, column].item() == pytest.approx(by_hand, abs=1e-4)
+        expected = by_hand(policy, prompts[row], choices[row][column])
+        assert totals[row, column].item() == pytest.approx(expected, abs=1e-4)
+    kl = lambda ref: eval.mean_kl(policy, ref, Letters(), ["ab"], [("", [3, 4])], CPU)
+    log_ratio = by_hand(policy, "ab", "cd") - by_hand(ref, "ab", "cd")
+    assert kl(ref) == pytest.approx(log_ratio, abs=1e-5) and kl(policy) == 0.0
 
 
 def test_reading_is_the_share_of_the_demanded_words_that_a_reply_has(world):
@@ -139,22 +136,19 @@ def made(tmp_path_factory):
         return out, *table_of(out)
 
 
-def test_the_table_has_a_row_for_every_model_and_responses_one_for_every_prompt(made, world):
+def test_the_numbers_of_the_table_are_those_of_the_responses(made, world):
+    """Against SFT at the same temperature; against the demonstrator by the differences on each prompt."""
     _, table, contents, responses = made
     names = ("GPT", "GPT prompted", "SFT", "PPO init", "PPO-ptx", "demonstrator")
     assert list(table) == [*((name, 1) for name in names), *((name, 0) for name in names[2:5])]
     tasks = {task["prompt"]: task for task in data.load("", "tiny", 1)["test"]}
-    assert len(responses) == contents["prompts"] > 40 and {row["prompt"] for row in responses} <= set(tasks)
-    for row, key in ((row, f"{name} T={T:g}") for row in responses for name, T in table):
-        gold = world.gold(tasks[row["prompt"]], row[key])["gold"]
-        assert row[f"gold {key}"] == pytest.approx(gold + len(row[key]) / 1000)
-
-
-def test_the_numbers_of_the_table_are_those_of_the_responses(made):
-    """Against SFT at the same temperature; against the demonstrator by the differences on each prompt."""
-    _, table, contents, responses = made
+    assert len(responses) == contents["prompts"] > 40
     golds = {(name, T): [row[f"gold {name} T={T:g}"] for row in responses] for name, T in table}
     for (name, T), row in table.items():
+        for response, gold in zip(responses, golds[name, T]):
+            text = response[f"{name} T={T:g}"]
+            by_world = world.gold(tasks[response["prompt"]], text)["gold"]
+            assert gold == pytest.approx(by_world + len(text) / 1000)
         outcomes = eval.compare(golds[name, T], golds["SFT", T])
         gains = [ours - theirs for ours, theirs in zip(golds[name, T], golds["demonstrator", 1])]
         assert (row["gold"], row["±"]) == pytest.approx(eval.interval(golds[name, T]))
@@ -187,6 +181,6 @@ def test_a_folder_of_data_has_a_table_without_what_only_the_world_knows(chain, t
     keys = [("GPT", 1), *((name, T) for T in (1, 0) for name in ("SFT", "PPO init", "PPO"))]
     assert list(table) == keys and contents["report"] == {}
     assert set(table["PPO", 1]) == {"model", "T", "score", "kl", "length", "pretrain_loss"}
-    test = data.load(str(chain), "tiny", 1)["test"]
-    assert [row["prompt"] for row in responses] == [row["prompt"] for row in test]
+    prompts = [row["prompt"] for row in data.load(str(chain), "tiny", 1)["test"]]
+    assert [row["prompt"] for row in responses] == prompts
     assert set(responses[0]) == {"prompt", *(f"{name} T={T}" for name, T in keys)}

@@ -59,10 +59,7 @@ def test_the_template_is_that_of_the_worlds_dialogues(monkeypatch, out, capsys):
     # what a raw GPT writes stays, and the next turn begins a line
     [_, prompt] = prompts_given(monkeypatch, "cat\ndog\n", " hello.\nhuman: moon?\n", out=out, model="base")
     assert prompt == "human: cat\nai: hello.\nhuman: moon?\nhuman: dog\nai:"
-
-
-def test_the_template_agrees_with_assets_world(monkeypatch, out):
-    """Typed turn by turn, the first dialogue of tasks.txt gives the model that prompt to the letter."""
+    # typed turn by turn, the first dialogue of tasks.txt gives the model that prompt to the letter
     dialogue = next(line for line in data.content("tasks.txt") if line.startswith("> human"))
     dialogue = dialogue.removeprefix("> ").replace("\\n", "\n")
     monkeypatch.setattr(data.Tokenizer, "encode", lambda self, text: [0])  # the tiny context holds all
@@ -131,7 +128,8 @@ def test_compare_shows_what_scores_and_mean_kl_say(monkeypatch, out, capsys):
     eval.talk("compare", ["say cat", f"--out={out}", "--samples=2", "--max_new_tokens=24", "--device=cpu"])
     first, _, *lines = capsys.readouterr().out.strip().splitlines()
     rows, prompt = [line.split(maxsplit=4) for line in lines], "say cat\n"
-    assert [repr(prompt), *(row[0] for row in rows)] == [first, *(n for n in eval.POLICIES for _ in range(2))]
+    names = [name for name in ("base", "sft", "ppo_init", "ppo") for _ in range(2)]
+    assert first == repr(prompt) and [row[0] for row in rows] == names
     judge = reward.model_judge(sft.load_reward(f"{out}/reward.pt", "", CPU)[0])
     for i, (name, score, kl, length, text) in enumerate(rows):
         policy, tokenizer = load(out, name)
@@ -143,23 +141,19 @@ def test_compare_shows_what_scores_and_mean_kl_say(monkeypatch, out, capsys):
     assert abs(float(rows[-1][2])) > 0.1 and float(rows[0][2]) == 0  # base is ppo_init here
 
 
-def test_compare_reads_lines_and_goes_on_behind_one_that_is_too_long(monkeypatch, out, capsys):
-    piped(monkeypatch, "cat\n\n" + "red sun " * 40 + "\nhuman: cat\\nai:\n")
-    eval.talk("compare", [f"--out={out}", "--max_new_tokens=4", "--device=cpu"])
-    shown = capsys.readouterr()
-    assert re.findall("^'.*", shown.out, re.M) == [repr("cat\n"), repr("human: cat\nai:")]
-    assert re.fullmatch(".*but the context is 64.*\n", shown.err)
-
-
 @pytest.mark.parametrize("missing, without, left", [("reward", "score", "kl"), ("ppo_init", "kl", "score")])
 def test_compare_leaves_out_what_it_cannot_tell(monkeypatch, out, tmp_path, capsys, missing, without, left):
-    piped(monkeypatch, "")
+    """A model that is not there; of the lines of stdin, empty ones and one that is too long."""
+    piped(monkeypatch, "cat\n\n" + "red sun " * 40 + "\nhuman: cat\\nai:\n")
     for name in {"sft", "ppo_init", "reward"} - {missing}:
         shutil.copy(f"{out}/{name}.pt", tmp_path)
-    eval.talk("compare", ["cat", f"--out={tmp_path}", "--max_new_tokens=4", "--device=cpu"])
+    eval.talk("compare", [f"--out={tmp_path}", "--max_new_tokens=4", "--device=cpu"])
     shown = capsys.readouterr()
+    assert re.findall("^'.*", shown.out, re.M) == [repr("cat\n"), repr("human: cat\nai:")]
     assert shown.out.splitlines()[1].split() == [left, "length", "response"]
-    assert shown.err == f"no finished {tmp_path}/{missing}.pt: {without} left out\n"
+    no_model, too_long = shown.err.splitlines()
+    assert no_model == f"no finished {tmp_path}/{missing}.pt: {without} left out"
+    assert "but the context is 64" in too_long
 
 
 @pytest.mark.parametrize("command, flag, message", [
@@ -192,18 +186,16 @@ def test_piped_output_is_the_responses_and_the_end_of_the_input_ends_it_well(out
     assert printed.decode() == "".join("".join(text) + "\n" for text in texts)
 
 
-def test_ctrl_c_ends_a_chat_with_status_0_and_no_traceback(out):
+@pytest.mark.parametrize("how", ["ctrl-c", "the reader goes away"])
+def test_a_chat_that_is_broken_off_ends_with_status_0_and_no_traceback(out, how):
     process = start(out)
     process.stdin.write(b"cat\n")
-    begun = process.stdout.read(1)  # it has begun to respond, or has done so and waits for us
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors, (begun + printed)[-1:]) == (0, b"", b"\n")
-
-
-def test_a_reader_that_goes_away_is_no_error(out):
-    process = start(out)
-    process.stdout.close()
-    process.stdin.write(b"cat\n" * 3)
-    process.stdin.close()
+    process.stdout.read(1)  # it has begun to respond, or has done so and waits for us
+    if how == "ctrl-c":
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read()[-1:] == b"\n"
+    else:
+        process.stdout.close()
+        process.stdin.write(b"cat\n" * 3)
+        process.stdin.close()
     assert (process.stderr.read(), process.wait(timeout=60)) == (b"", 0)
