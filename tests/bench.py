@@ -17,9 +17,12 @@ import argparse
 import contextlib
 import copy
 import importlib.metadata
+import importlib.util
 import io
+import itertools
 import json
 import logging
+import math
 import os
 import shlex
 import statistics
@@ -27,7 +30,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 import warnings
 from pathlib import Path
 
@@ -47,9 +49,8 @@ SIZES = dict(
     B=GPTConfig(vocab_size=50257, block_size=256, n_layer=6, n_head=6, n_embd=384),
     C=GPTConfig(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768),  # GPT-2
 )
-PROMPT = 32  # tokens, in every benchmark
-NEW = 64  # tokens sampled, in generation; RESPONSE elsewhere
-RESPONSE = 32
+PROMPT, RESPONSE = 32, 32  # tokens
+NEW = 64  # tokens sampled in generation, in place of RESPONSE
 EPISODES, MINIBATCHES = 64, 4  # of PPO
 K, GROUPS = 9, 2  # responses to a prompt, prompts a step, of the reward model
 SFT_ROWS = 16
@@ -58,16 +59,27 @@ TURNS = 5
 
 def times(step, count):
     """Seconds of each of `count` calls."""
-    seconds = []
+    wait, seconds = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None, []
     for _ in range(count):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait()
         started = time.perf_counter()
         step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait()
         seconds.append(time.perf_counter() - started)
     return seconds
+
+
+def random_rows(config, rows, tokens):
+    """Lists of ids, the last two left out: eos and padding of the peers."""
+    return torch.randint(config.vocab_size - 2, (rows, tokens)).tolist()
+
+
+def generation_rows(config):
+    return 8 if config is SIZES["C"] else 64
+
+
+# --------------------------------------------------------------------------------------------------
+# arithmetic
 
 
 def forward_flops(config, tokens, logits):
@@ -77,34 +89,40 @@ def forward_flops(config, tokens, logits):
     return tokens * config.n_layer * (24 * C * C + 2 * C * tokens) + logits * 2 * C * config.vocab_size
 
 
-def decode_flops(config, new):
-    """The same for `new` tokens one by one behind a prompt of PROMPT."""
+def sampling_flops(config, new):
+    """The same for a prefill with the last logits only, then `new` tokens one by one."""
     C, attended = config.n_embd, PROMPT + new / 2
-    return new * (config.n_layer * (24 * C * C + 4 * C * attended) + 2 * C * config.vocab_size)
+    one = config.n_layer * (24 * C * C + 4 * C * attended) + 2 * C * config.vocab_size
+    return forward_flops(config, PROMPT, 1) + new * one
+
+
+def work(config):
+    """-> {benchmark: unit, items of a step, arithmetic of ours}. A backward costs two forwards."""
+    rows, sampled = generation_rows(config), sampling_flops(config, RESPONSE)
+    judged, scored = (forward_flops(config, PROMPT + RESPONSE, logits) for logits in (0, RESPONSE))
+    # PPO: reward and value model judge, policy and reference score; value model and policy are updated
+    episode = sampled + 2 * judged + 2 * scored + 3 * (judged + scored)
+    return dict(
+        generation=("new tokens", rows * NEW, rows * sampling_flops(config, NEW)),
+        ppo=("episodes", EPISODES, EPISODES * episode),
+        reward=("comparisons", GROUPS * math.comb(K, 2), 3 * GROUPS * K * judged),
+        sft=("tokens", SFT_ROWS * (PROMPT + RESPONSE), 3 * SFT_ROWS * scored),
+    )
 
 
 # --------------------------------------------------------------------------------------------------
-# generation: prompts of PROMPT tokens, NEW tokens each
-
-
-def generation_rows(config):
-    return 8 if config is SIZES["C"] else 64
-
-
-def generation_work(config):
-    """-> unit, items of a step, arithmetic of ours: a prefill with the last logits only, then one token
-    at a time."""
-    rows, prefill = generation_rows(config), forward_flops(config, PROMPT, 1)
-    return "new tokens", rows * NEW, rows * (prefill + decode_flops(config, NEW))
+# ours: functions of GPTConfig, device, dtype that return one without arguments, which makes some steps and
+# returns the seconds of each
 
 
 def generation_ours(config, device, dtype):
+    """Prompts of PROMPT tokens, NEW tokens each."""
     gpt = GPT(config).to(device).eval()
     prompts = random_rows(config, generation_rows(config), PROMPT)
     generator = torch.Generator(device).manual_seed(0)
 
     def step():
-        with sft.autocast(torch.device(device), dtype):
+        with sft.autocast(device, dtype):
             model.generate(gpt, prompts, NEW, 1.0, None, generator)
 
     return lambda: times(step, 1)
@@ -119,37 +137,15 @@ def generation_without_cache(config, device, dtype):
     def step():
         tokens = prompts
         for _ in range(NEW):
-            with sft.autocast(torch.device(device), dtype):
+            with sft.autocast(device, dtype):
                 logits = gpt.lm_head(gpt.hidden(tokens)[:, -1]).float()
             tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1)], 1)
 
     return lambda: times(step, 1)
 
 
-def generation_transformers(config, device, dtype):
-    theirs = transformers.GPT2LMHeadModel(hf_config(config)).to(device, getattr(torch, dtype)).eval()
-    prompts = torch.tensor(random_rows(config, generation_rows(config), PROMPT), device=device)
-    sampling = dict(do_sample=True, top_k=0, max_new_tokens=NEW)
-
-    def step():
-        theirs.generate(prompts, attention_mask=torch.ones_like(prompts), **sampling)
-
-    return lambda: times(step, 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# PPO: one rollout of EPISODES, then one pass in MINIBATCHES steps, without the pretraining term
-
-
-def ppo_work(config):
-    judged = forward_flops(config, PROMPT + RESPONSE, 0)
-    scored = forward_flops(config, PROMPT + RESPONSE, RESPONSE)
-    sampled = forward_flops(config, PROMPT, 1) + decode_flops(config, RESPONSE)
-    # reward and value model judge, policy and reference score; value model and policy are updated
-    return "episodes", EPISODES, EPISODES * (sampled + 2 * judged + 2 * scored + 3 * (judged + scored))
-
-
 def ppo_ours(config, device, dtype):
+    """One rollout of EPISODES, then one pass in MINIBATCHES steps, without the pretraining term."""
     settings = ppo.Config(
         rollout_size=EPISODES, minibatch_size=EPISODES // MINIBATCHES, max_new_tokens=RESPONSE,
         ptx_coef=0.0, dtype=dtype,
@@ -162,10 +158,10 @@ def ppo_ours(config, device, dtype):
     judge = reward.model_judge(reward_model)
     prompts = random_rows(config, EPISODES, PROMPT)
     generator = torch.Generator(device).manual_seed(0)
-    tokenizer = types.SimpleNamespace(eot=-1)  # which no row ever samples
+    tokenizer = argparse.Namespace(eot=-1)  # which no row ever samples
 
     def step():
-        with sft.autocast(torch.device(device), dtype):
+        with sft.autocast(device, dtype):
             batch, _ = ppo.rollout(policy, ref, judge, prompts, tokenizer, settings, generator)
             batch.update(ppo.credit(batch, value_model, settings))
         stats = []
@@ -180,209 +176,159 @@ def ppo_ours(config, device, dtype):
     return lambda: times(step, 2)
 
 
-def ppo_trl(config, device, dtype):
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    policy = transformers.GPT2LMHeadModel(hf_config(config))
-    judges = [transformers.GPT2ForSequenceClassification(hf_config(config, num_labels=1)) for _ in "rv"]
-    rows = datasets.Dataset.from_list([
-        dict(input_ids=row) for row in random_rows(config, EPISODES, PROMPT)
-    ])
-    args = PPOConfig(
-        per_device_train_batch_size=EPISODES, num_mini_batches=MINIBATCHES, num_ppo_epochs=1,
-        total_episodes=3 * EPISODES, response_length=RESPONSE, temperature=1.0,
-        num_sample_generations=0, **hf_arguments(dtype),
-    )
-    trainer = PPOTrainer(
-        args, hf_tokenizer(config), policy, copy.deepcopy(policy), judges[0], rows, judges[1],
-        eval_dataset=rows, callbacks=[Stopwatch()],
-    )
-    return lambda: Stopwatch.of(trainer)
-
-
-# --------------------------------------------------------------------------------------------------
-# the reward model: GROUPS prompts a step with K responses, C(K, 2) comparisons each
-
-
-def reward_work(config):
-    forwards = GROUPS * K * forward_flops(config, PROMPT + RESPONSE, 0)
-    return "comparisons", GROUPS * K * (K - 1) // 2, 3 * forwards
-
-
-def random_groups(config):
-    rows = random_rows(config, GROUPS * K, PROMPT + RESPONSE)
-    return [rows[i * K : (i + 1) * K] for i in range(GROUPS)]
-
-
-def reward_ours(config, device, dtype):
-    network = ScalarGPT.from_gpt(GPT(config).to(device))
+def optimizer_steps(network, loss_of, device, dtype, count):
+    """Steps on a loss, as the stages make them."""
     optimizer = sft.adamw(network, 1e-5)
-    groups = [(rows, list(range(1, K + 1))) for rows in random_groups(config)]
 
     def step():
-        with sft.autocast(torch.device(device), dtype):
-            scores, ranks = reward.score_groups(network, groups, torch.device(device))
-        loss = reward.ranking_loss(scores, ranks)
+        with sft.autocast(device, dtype):
+            loss = loss_of()
         loss.item()  # a stage looks at each loss
         loss.backward()
         sft.optimizer_step(network, [optimizer], 1.0, 1.0)
 
-    return lambda: times(step, 6)
+    return lambda: times(step, count)
+
+
+def random_groups(config):
+    """GROUPS prompts with K responses each, from best to worst."""
+    return [random_rows(config, K, PROMPT + RESPONSE) for _ in range(GROUPS)]
+
+
+def reward_ours(config, device, dtype):
+    """C(K, 2) comparisons of a prompt in K forwards."""
+    network = ScalarGPT.from_gpt(GPT(config).to(device))
+    groups = [(rows, list(range(1, K + 1))) for rows in random_groups(config)]
+    loss_of = lambda: reward.ranking_loss(*reward.score_groups(network, groups, device))
+    return optimizer_steps(network, loss_of, device, dtype, 6)
+
+
+def sft_ours(config, device, dtype):
+    """SFT_ROWS demonstrations, loss on the responses; the tokens of prompts count as well."""
+    gpt = GPT(config).to(device).train()
+    pairs = [(row[:PROMPT], row[PROMPT:]) for row in random_rows(config, SFT_ROWS, PROMPT + RESPONSE)]
+    loss_of = lambda: sft.lm_loss(gpt, *(x.to(device) for x in data.demonstration_batch(pairs)))
+    return optimizer_steps(gpt, loss_of, device, dtype, 20)
+
+
+# --------------------------------------------------------------------------------------------------
+# the peers, in the same form
+
+
+def load_peers():
+    """Bind transformers, trl and datasets: only in the process of a peer, for they take memory."""
+    global datasets, tokenizers, transformers, trl
+    os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    import transformers
+    with contextlib.suppress(ImportError):  # transformers alone can generate
+        import datasets
+        import tokenizers
+        import trl
+        import trl.experimental.ppo
+
+
+def hf_config(config):
+    return transformers.GPT2Config(
+        vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer,
+        n_head=config.n_head, n_embd=config.n_embd, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=None, eos_token_id=None, pad_token_id=config.vocab_size - 1, num_labels=1,
+    )
+
+
+def trl_steps(trl, kind, config, device, dtype, rows, settings, **networks):
+    """Steps of a trainer of TRL, each from the end of the one before: with its loop, logging and data
+    loading, without its start."""
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(config.vocab_size)})
+    tokenizer = transformers.PreTrainedTokenizerFast(  # it asks for one; the data is in ids
+        tokenizer_object=tokenizers.Tokenizer(words), eos_token=f"w{config.vocab_size - 2}",
+        pad_token=f"w{config.vocab_size - 1}",
+    )
+    args = getattr(trl, f"{kind}Config")(
+        output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", disable_tqdm=True,
+        use_cpu=device.type == "cpu", bf16=dtype == "bfloat16", logging_steps=10**6,
+        learning_rate=1e-5, **settings,
+    )
+    rows, ends = datasets.Dataset.from_list(rows), []
+
+    class Stopwatch(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            ends.append(time.perf_counter())
+
+    trainer = getattr(trl, f"{kind}Trainer")(
+        args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+        callbacks=[Stopwatch()], **networks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+
+    def run():
+        ends.clear()
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+        return [after - before for before, after in itertools.pairwise(ends)]
+
+    return run
+
+
+def generation_transformers(config, device, dtype):
+    theirs = transformers.GPT2LMHeadModel(hf_config(config)).to(device, getattr(torch, dtype)).eval()
+    prompts = torch.tensor(random_rows(config, generation_rows(config), PROMPT), device=device)
+    sampling = dict(do_sample=True, top_k=0, max_new_tokens=NEW, attention_mask=torch.ones_like(prompts))
+    return lambda: times(lambda: theirs.generate(prompts, **sampling), 1)
+
+
+def ppo_trl(config, device, dtype):
+    policy = transformers.GPT2LMHeadModel(hf_config(config))
+    judge, critic = (transformers.GPT2ForSequenceClassification(hf_config(config)) for _ in range(2))
+    settings = dict(
+        per_device_train_batch_size=EPISODES, num_mini_batches=MINIBATCHES, num_ppo_epochs=1,
+        total_episodes=3 * EPISODES, response_length=RESPONSE, temperature=1.0, num_sample_generations=0,
+    )
+    return trl_steps(
+        trl.experimental.ppo, "PPO", config, device, dtype,
+        [dict(input_ids=row) for row in random_rows(config, EPISODES, PROMPT)], settings,
+        model=policy, ref_model=copy.deepcopy(policy), reward_model=judge, value_model=critic,
+    )
 
 
 def reward_trl(config, device, dtype):
     """The same comparisons, one by one: two forwards each."""
-    better = [(i, j) for i in range(K) for j in range(i + 1, K)]
     pairs = [
-        dict(chosen_ids=rows[i], rejected_ids=rows[j])
-        for rows in random_groups(config) for i, j in better
+        dict(chosen_ids=better, rejected_ids=worse)
+        for rows in random_groups(config) for better, worse in itertools.combinations(rows, 2)
     ]
-    args = trl.RewardConfig(
-        per_device_train_batch_size=len(pairs), max_steps=4, gradient_checkpointing=False,
-        **hf_arguments(dtype),
-    )
-    trainer = trl.RewardTrainer(
-        transformers.GPT2ForSequenceClassification(hf_config(config, num_labels=1)), args,
-        train_dataset=datasets.Dataset.from_list(pairs * 4), processing_class=hf_tokenizer(config),
-        callbacks=[Stopwatch()],
-    )
-    return lambda: Stopwatch.of(trainer)
-
-
-# --------------------------------------------------------------------------------------------------
-# SFT: SFT_ROWS demonstrations a step, loss on the responses; the tokens of prompts count as well
-
-
-def sft_work(config):
-    forwards = SFT_ROWS * forward_flops(config, PROMPT + RESPONSE, RESPONSE)
-    return "tokens", SFT_ROWS * (PROMPT + RESPONSE), 3 * forwards
-
-
-def sft_ours(config, device, dtype):
-    gpt = GPT(config).to(device).train()
-    optimizer = sft.adamw(gpt, 1e-5)
-    rows = random_rows(config, SFT_ROWS, PROMPT + RESPONSE)
-    pairs = [(row[:PROMPT], row[PROMPT:]) for row in rows]
-
-    def step():
-        tokens, mask = (x.to(device) for x in data.demonstration_batch(pairs))
-        with sft.autocast(torch.device(device), dtype):
-            loss = sft.lm_loss(gpt, tokens, mask)
-        loss.item()  # a stage looks at each loss
-        loss.backward()
-        sft.optimizer_step(gpt, [optimizer], 1.0, 1.0)
-
-    return lambda: times(step, 20)
+    settings = dict(per_device_train_batch_size=len(pairs), max_steps=4, gradient_checkpointing=False)
+    network = transformers.GPT2ForSequenceClassification(hf_config(config))
+    return trl_steps(trl, "Reward", config, device, dtype, pairs * 4, settings, model=network)
 
 
 def sft_trl(config, device, dtype, checkpointing=False):
-    args = trl.SFTConfig(
-        per_device_train_batch_size=SFT_ROWS, max_steps=20, gradient_checkpointing=checkpointing,
-        **hf_arguments(dtype),
+    settings = dict(
+        per_device_train_batch_size=SFT_ROWS, max_steps=20, gradient_checkpointing=checkpointing
     )
     rows = [
         dict(input_ids=row, labels=[-100] * PROMPT + row[PROMPT:])
         for row in random_rows(config, 20 * SFT_ROWS, PROMPT + RESPONSE)
     ]
-    trainer = trl.SFTTrainer(
-        transformers.GPT2LMHeadModel(hf_config(config)), args,
-        train_dataset=datasets.Dataset.from_list(rows), processing_class=hf_tokenizer(config),
-        callbacks=[Stopwatch()],
-    )
-    return lambda: Stopwatch.of(trainer)
+    network = transformers.GPT2LMHeadModel(hf_config(config))
+    return trl_steps(trl, "SFT", config, device, dtype, rows, settings, model=network)
 
 
-def sft_trl_checkpointing(config, device, dtype):
-    return sft_trl(config, device, dtype, checkpointing=True)
-
-
-# name: sizes, work, contestants: each a function of GPTConfig, device, dtype that returns one without
-# arguments, which makes some steps and returns the seconds of each
-BENCHMARKS = dict(
-    generation=("ABC", generation_work, {
+BENCHMARKS = dict(  # name: sizes, contestants
+    generation=("ABC", {
         "ours": generation_ours, "transformers": generation_transformers,
         "without a cache": generation_without_cache,
     }),
-    ppo=("AB", ppo_work, {"ours": ppo_ours, "TRL": ppo_trl}),
-    reward=("A", reward_work, {"ours": reward_ours, "TRL": reward_trl}),
-    sft=("A", sft_work, {
-        "ours": sft_ours, "TRL": sft_trl, "TRL, with its default checkpointing": sft_trl_checkpointing,
+    ppo=("AB", {"ours": ppo_ours, "TRL": ppo_trl}),
+    reward=("A", {"ours": reward_ours, "TRL": reward_trl}),
+    sft=("A", {
+        "ours": sft_ours, "TRL": sft_trl,
+        "TRL, with its default checkpointing": lambda *at: sft_trl(*at, checkpointing=True),
     }),
 )
-
-
-# --------------------------------------------------------------------------------------------------
-# the peers
-
-
-def load_peers():
-    """Bind transformers, trl and datasets, or None where they are not installed."""
-    global transformers, trl, datasets, Stopwatch
-    os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false")
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    transformers = trl = datasets = None
-    try:
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        import datasets
-        import trl
-
-        datasets.disable_progress_bars()
-    except ImportError as missing:
-        print(f"no {missing.name}: pip install transformers==5.23.0 trl==1.12.0 to compare with it")
-        return
-
-    class Stopwatch(transformers.TrainerCallback):
-        """The seconds between the ends of a trainer's steps: its loop, logging and data loading, not
-        its start."""
-
-        def on_step_end(self, args, state, control, **_):
-            self.ends.append(time.perf_counter())
-
-        @classmethod
-        def of(cls, trainer):
-            watch = next(c for c in trainer.callback_handler.callbacks if isinstance(c, cls))
-            trainer.remove_callback(transformers.PrinterCallback)
-            watch.ends = []
-            with contextlib.redirect_stdout(io.StringIO()):
-                trainer.train()
-            return [b - a for a, b in zip(watch.ends, watch.ends[1:])]
-
-    globals()["Stopwatch"] = Stopwatch
-
-
-def hf_config(config, **more):
-    return transformers.GPT2Config(
-        vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer,
-        n_head=config.n_head, n_embd=config.n_embd, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=None, eos_token_id=None, pad_token_id=config.vocab_size - 1, **more,
-    )
-
-
-def hf_tokenizer(config):
-    """Words w0, w1, ...: the trainers ask for one, the data is in ids already."""
-    import tokenizers
-
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0")
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(words), eos_token=f"w{config.vocab_size - 2}",
-        pad_token=f"w{config.vocab_size - 1}",
-    )
-
-
-def hf_arguments(dtype):
-    return dict(
-        output_dir=tempfile.mkdtemp(), report_to="none", save_strategy="no", disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(), bf16=dtype == "bfloat16", logging_steps=10**6,
-        learning_rate=1e-5,
-    )
-
-
-def random_rows(config, rows, tokens):
-    """Lists of ids, the last two left out: eos and padding of the peers."""
-    return torch.randint(config.vocab_size - 2, (rows, tokens)).tolist()
+OWN = ("ours", "without a cache")  # need no peer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,64 +341,52 @@ def matmul_peak(device, dtype):
     return 2 * 2048**3 / min(times(lambda: x @ x, 7))
 
 
-class Contestant:
-    """One contestant in a process of its own: what it sets or allocates is not the others'."""
-
-    def __init__(self, name, size, who, args):
-        flags = [f"--sizes={size}"]
-        flags += [f"--{name}={getattr(args, name)}" for name in ("threads", "device", "dtype")]
-        # by way of a shell that stays: Linux counts the memory of the parent as a child's peak
-        command = shlex.join([sys.executable, __file__, name, *flags, f"--alone={who}"]) + "; exit $?"
-        self.process = subprocess.Popen(
-            command, shell=True, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        self.turns = []
-        self.turn()  # warm up: thread pools, allocator, kernels
-        self.turns.clear()
-
-    def turn(self):
-        print("turn", file=self.process.stdin, flush=True)
-        self.turns.append(float(self.process.stdout.readline()))
-
-    def memory_gb(self):
-        self.process.stdin.close()
-        return float(self.process.stdout.readline())
+def contestant(name, size, who, args):
+    """Yields the median seconds of a step and the peak memory in GB, turn by turn, of one contestant in a
+    process of its own: what it sets or allocates is not the others'."""
+    flags = [f"--{flag}={getattr(args, flag)}" for flag in ("threads", "device", "dtype")]
+    command = [sys.executable, __file__, name, f"--sizes={size}", f"--alone={who}", *flags]
+    # by way of a shell that stays: Linux counts the memory of the parent as a child's peak
+    shell, pipe = shlex.join(command) + "; exit $?", subprocess.PIPE
+    with subprocess.Popen(shell, shell=True, text=True, stdin=pipe, stdout=pipe) as process:
+        while True:
+            print("turn", file=process.stdin, flush=True)
+            yield tuple(map(float, process.stdout.readline().split()))
 
 
-def alone(name, size, who, device, dtype):
-    """The other side of Contestant: seconds for every line that comes, then the peak memory."""
+def alone(args):
+    """The other side of contestant: an answer to every line that comes."""
+    if args.alone not in OWN:
+        load_peers()
     torch.manual_seed(0)
-    build = BENCHMARKS[name][2][who]
-    run = build(SIZES[size], device, dtype)
+    _, contestants = BENCHMARKS[args.benchmarks[0]]
+    run = contestants[args.alone](SIZES[args.sizes], torch.device(args.device), args.dtype)
     for _ in sys.stdin:
-        print(statistics.median(run()), flush=True)
-    print(sft.peak_memory_gb())
+        print(statistics.median(run()), sft.peak_memory_gb(), flush=True)
 
 
-def compare(name, size, args):
+def compare(name, size, args, installed):
     """Run the contestants of a benchmark in turns -> rows of the table."""
-    unit, items, flops = BENCHMARKS[name][1](SIZES[size])
-    missing = [peer for peer, there in (("transformers", transformers), ("TRL", trl)) if not there]
+    unit, items, flops = work(SIZES[size])[name]
     contestants = {
-        who: Contestant(name, size, who, args)
-        for who in BENCHMARKS[name][2]
-        if who == "ours" or (args.only in who and not who.startswith(tuple(missing)))
+        who: contestant(name, size, who, args)
+        for who in BENCHMARKS[name][1]
+        if who == "ours" or (args.only in who and who.lower().startswith((*OWN, *installed)))
     }
-    peaks = []
-    for _ in range(TURNS):
+    turns, peaks = {who: [] for who in contestants}, []
+    for _ in range(1 + TURNS):  # the first warms up: thread pools, allocator, kernels
         peaks.append(matmul_peak(args.device, args.dtype))
-        for contestant in contestants.values():
-            contestant.turn()
-    ours = contestants["ours"].turns
-    share = flops / statistics.median(ours) / statistics.median(peaks)
-    rows = []
-    for who, contestant in contestants.items():
-        ratios = [theirs / mine for theirs, mine in zip(contestant.turns, ours)]
+        for who, turn in contestants.items():
+            turns[who].append(next(turn))
+    rows, median = [], statistics.median
+    for who in contestants:
+        seconds, ours = ([turn[0] for turn in turns[some][1:]] for some in (who, "ours"))
+        ratios = [theirs / mine for theirs, mine in zip(seconds, ours)]
         rows.append(dict(
             benchmark=name, size=size, dtype=args.dtype, unit=unit, who=who,
-            rate=items / statistics.median(contestant.turns), ratio=statistics.median(ratios),
-            lowest=min(ratios), highest=max(ratios), share_of_peak=share if who == "ours" else None,
-            memory_gb=contestant.memory_gb(),
+            rate=items / median(seconds), ratio=median(ratios), lowest=min(ratios), highest=max(ratios),
+            share_of_peak=flops / median(ours) / median(peaks[1:]) if who == "ours" else None,
+            memory_gb=turns[who][-1][1],
         ))
     return rows
 
@@ -462,17 +396,17 @@ def number(x):
 
 
 def table(rows):
+    """Rows of compare -> lines of markdown, one for each that is beside ours."""
     head = "| | size | ours, a second | share of peak | memory | beside | a second | memory | ours is |"
-    lines, bf16 = [head, "|---" * 9 + "|"], ", bf16"
+    lines = [head, "|---" * 9 + "|"]
     for row in rows:
         if row["who"] == "ours":
             ours = row
             continue
         cells = [
-            row["benchmark"], row["size"] + bf16 * (row["dtype"] == "bfloat16"),
-            f"{number(ours['rate'])} {row['unit']}",
-            f"{ours['share_of_peak']:.0%}", f"{ours['memory_gb']:.2f} GB", row["who"],
-            number(row["rate"]), f"{row['memory_gb']:.2f} GB",
+            row["benchmark"], row["size"] + ", bf16" * (row["dtype"] == "bfloat16"),
+            f"{number(ours['rate'])} {row['unit']}", f"{ours['share_of_peak']:.0%}",
+            f"{ours['memory_gb']:.2f} GB", row["who"], number(row["rate"]), f"{row['memory_gb']:.2f} GB",
             f"**{row['ratio']:.2f}x** ({row['lowest']:.2f} to {row['highest']:.2f})",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -492,21 +426,20 @@ def main():
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     torch.set_num_threads(args.threads)
-    if args.alone not in ("ours", "without a cache"):
-        load_peers()
     if args.alone:
-        alone(args.benchmarks[0], args.sizes, args.alone, args.device, args.dtype)
-        return
+        return alone(args)
+    installed = [package for package in ("transformers", "trl") if importlib.util.find_spec(package)]
+    if len(installed) < 2:
+        print("to compare with both peers: pip install transformers==5.23.0 trl==1.12.0")
     rows = []
     for name in args.benchmarks or BENCHMARKS:
         for size in sorted(set(args.sizes) & set(BENCHMARKS[name][0])):
-            found = compare(name, size, args)
+            found = compare(name, size, args, installed)
             rate = f"{name} {size}: {number(found[0]['rate'])} {found[0]['unit']} a second"
             print("\n".join(table(found)[2:]) or rate, flush=True)
             rows += found
     print("\n".join(table(rows)))
-    packages = [x for x, there in (("transformers", transformers), ("trl", trl)) if there]
-    versions = ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ["torch", *packages])
+    versions = ", ".join(f"{x} {importlib.metadata.version(x)}" for x in ["torch", *installed])
     peak = matmul_peak(args.device, args.dtype) / 1e9
     print(f"{args.threads} thread, {peak:,.0f} GFLOP/s in a large matmul of {args.dtype}; {versions}")
     if args.json:
