@@ -9,8 +9,6 @@ Every measure is made of three things: `respond` (sample), `scores` (the reward)
 (log-probability of a choice); in the world of `data.World.gold` and `data.label` too. A response is a
 pair (text, ids) everywhere; ids end with eot if the response ended by itself. What the paper claims of
 such numbers is tested by `python tests/findings.py`.
-
-The file in order: measures; the models of a run and their table; chat and compare.
 """
 
 import contextlib
@@ -419,8 +417,7 @@ def plain_prompt(line):
 
 
 def typed(marker):
-    """Yields the lines of stdin, empty ones left out. The marker is for a terminal: output that goes
-    on to another program is responses only."""
+    """Yields the lines of stdin that are not empty. No marker in a pipe: what it gets is responses only."""
     marker = marker if sys.stdin.isatty() and sys.stdout.isatty() else ""
     with contextlib.suppress(EOFError):
         while True:
@@ -498,9 +495,8 @@ def chat(config):
 
 
 def side_by_side(config, lines):
-    """Every model in --out on each prompt, with the same luck. kl: log pi - log ref of this response
-    at temperature 1, ref the PPO initialisation, nats; length in tokens with eot. lines: text as typed,
-    any iterable."""
+    """Every model in --out on each of the typed lines, with the same luck. kl: log pi - log ref of this
+    response at temperature 1, ref the PPO initialisation, nats; length in tokens with eot."""
     device = sft.get_device(config.device)
     path = lambda name: os.path.join(config.out, f"{name}.pt")
     made_by, loaded = f"run python ppo.py --out={config.out}", {}

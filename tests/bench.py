@@ -111,8 +111,7 @@ def work(config):
 
 
 # --------------------------------------------------------------------------------------------------
-# ours: functions of GPTConfig, device, dtype that return one without arguments, which makes some steps and
-# returns the seconds of each
+# ours: functions of GPTConfig, device, dtype -> one that makes some steps and returns the seconds of each
 
 
 def generation_ours(config, device, dtype):
@@ -120,11 +119,7 @@ def generation_ours(config, device, dtype):
     gpt = GPT(config).to(device).eval()
     prompts = random_rows(config, generation_rows(config), PROMPT)
     generator = torch.Generator(device).manual_seed(0)
-
-    def step():
-        with sft.autocast(device, dtype):
-            model.generate(gpt, prompts, NEW, 1.0, None, generator)
-
+    step = sft.autocast(device, dtype)(lambda: model.generate(gpt, prompts, NEW, 1.0, None, generator))
     return lambda: times(step, 1)
 
 
@@ -223,6 +218,7 @@ def load_peers():
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     import transformers
+
     with contextlib.suppress(ImportError):  # transformers alone can generate
         import datasets
         import tokenizers
@@ -286,32 +282,26 @@ def ppo_trl(config, device, dtype):
         per_device_train_batch_size=EPISODES, num_mini_batches=MINIBATCHES, num_ppo_epochs=1,
         total_episodes=3 * EPISODES, response_length=RESPONSE, temperature=1.0, num_sample_generations=0,
     )
+    rows = [dict(input_ids=row) for row in random_rows(config, EPISODES, PROMPT)]
     return trl_steps(
-        trl.experimental.ppo, "PPO", config, device, dtype,
-        [dict(input_ids=row) for row in random_rows(config, EPISODES, PROMPT)], settings,
+        trl.experimental.ppo, "PPO", config, device, dtype, rows, settings,
         model=policy, ref_model=copy.deepcopy(policy), reward_model=judge, value_model=critic,
     )
 
 
 def reward_trl(config, device, dtype):
     """The same comparisons, one by one: two forwards each."""
-    pairs = [
-        dict(chosen_ids=better, rejected_ids=worse)
-        for rows in random_groups(config) for better, worse in itertools.combinations(rows, 2)
-    ]
+    pairs = [pair for rows in random_groups(config) for pair in itertools.combinations(rows, 2)]
+    rows = [dict(chosen_ids=better, rejected_ids=worse) for better, worse in pairs]
     settings = dict(per_device_train_batch_size=len(pairs), max_steps=4, gradient_checkpointing=False)
     network = transformers.GPT2ForSequenceClassification(hf_config(config))
-    return trl_steps(trl, "Reward", config, device, dtype, pairs * 4, settings, model=network)
+    return trl_steps(trl, "Reward", config, device, dtype, rows * 4, settings, model=network)
 
 
 def sft_trl(config, device, dtype, checkpointing=False):
-    settings = dict(
-        per_device_train_batch_size=SFT_ROWS, max_steps=20, gradient_checkpointing=checkpointing
-    )
-    rows = [
-        dict(input_ids=row, labels=[-100] * PROMPT + row[PROMPT:])
-        for row in random_rows(config, 20 * SFT_ROWS, PROMPT + RESPONSE)
-    ]
+    settings = dict(per_device_train_batch_size=SFT_ROWS, max_steps=20, gradient_checkpointing=checkpointing)
+    rows = random_rows(config, 20 * SFT_ROWS, PROMPT + RESPONSE)
+    rows = [dict(input_ids=row, labels=[-100] * PROMPT + row[PROMPT:]) for row in rows]
     network = transformers.GPT2LMHeadModel(hf_config(config))
     return trl_steps(trl, "SFT", config, device, dtype, rows, settings, model=network)
 
