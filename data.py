@@ -75,7 +75,7 @@ class Common:
     max_new_tokens: Count = 28  # of a response (paper: 1k)
 
     # logging
-    log_every: Count = 200  # steps; PPO: iterations
+    log_every: Count = 500  # steps; PPO: iterations
     save_seconds: Amount = 15.0  # a killed run loses at most this much
 
 
@@ -675,7 +675,7 @@ def label(world, labeler, task, replies, rng):
 # paper (Table 6): 12,725 demonstrations, 33,207 ranked prompts, 31,144 PPO prompts, 3,196 test prompts
 WORLD_SIZES = dict(
     tiny=dict(documents=1500, demonstrations=60, comparisons=100, prompts=200, valid=40, test=60),
-    cpu=dict(documents=48_000, demonstrations=250, comparisons=8000, prompts=8000, valid=300, test=800),
+    cpu=dict(documents=48_000, demonstrations=250, comparisons=6000, prompts=8000, valid=300, test=800),
     gpu=dict(
         documents=200_000, demonstrations=12_725, comparisons=33_207, prompts=31_144, valid=1000, test=3196
     ),

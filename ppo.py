@@ -235,6 +235,19 @@ def credit(batch, value_model, config):
     return dict(values=values, advantages=whiten(advantages, mask), returns=returns)
 
 
+def objective(new_logprobs, minibatch, config):
+    """What the policy minimises beside the pretraining loss: new_logprobs (B, T-1), rows of what
+    rollout() and credit() returned -> loss, dict of numbers for the log."""
+    mask, logprobs = minibatch["mask"], minibatch["logprobs"]
+    loss, clipfrac = policy_loss(new_logprobs, logprobs, minibatch["advantages"], mask, config.cliprange)
+    log_ratio = ((new_logprobs - logprobs) * mask).detach()
+    return loss, dict(
+        policy_loss=loss, clipfrac=clipfrac,
+        approx_kl=masked_mean(0.5 * log_ratio**2, mask),  # new against old policy, k2, nats per token
+        max_ratio=log_ratio.abs().max().exp(),
+    )
+
+
 def update_policy(policy, ema, optimizer, minibatch, ptx_batch, factor, config):
     """One step of the policy on the sum of both terms of eq. 2. minibatch: rows of what rollout() and
     credit() returned; ptx_batch: tokens, mask, or None for plain PPO; factor: of warmup() -> numbers.
@@ -242,17 +255,11 @@ def update_policy(policy, ema, optimizer, minibatch, ptx_batch, factor, config):
     One step on the sum, not a step for each term: Adam divides a gradient by its own size, so that in
     a step of its own the coefficient of the pretraining loss would cancel out.
     """
-    tokens, mask, logprobs = minibatch["tokens"], minibatch["mask"], minibatch["logprobs"]
+    tokens, mask = minibatch["tokens"], minibatch["mask"]
     with sft.autocast(tokens.device, config.dtype):
         new_logprobs = model.by_length(model.masked_logprobs, policy, tokens, mask, config.temperature)
-    loss, clipfrac = policy_loss(new_logprobs, logprobs, minibatch["advantages"], mask, config.cliprange)
+    loss, numbers = objective(new_logprobs, minibatch, config)
     loss.backward()
-    log_ratio = ((new_logprobs - logprobs) * mask).detach()
-    numbers = dict(
-        policy_loss=loss, clipfrac=clipfrac,
-        approx_kl=masked_mean(0.5 * log_ratio**2, mask),  # new against old policy, k2, nats per token
-        max_ratio=log_ratio.abs().max().exp(),
-    )
     if ptx_batch is not None:
         with sft.autocast(tokens.device, config.dtype):
             ptx_loss = sft.lm_loss(policy, *(x.to(tokens.device) for x in ptx_batch))

@@ -49,12 +49,12 @@ class Config(Common):
     # optimisation
     epochs: Count = 2  # (paper: 1, of 33k prompts; more overfit a model with 6B parameters)
     batch: Count = 4  # prompts a step (paper: 64)
-    lr: Rate = 1e-3  # peak, cosine to 10% (paper: 9e-6)
+    lr: Rate = 5e-4  # peak, cosine to 10% (paper: 9e-6)
     grad_clip: Rate = 1.0
     folds: Count = 1  # above 1: labelers in so many groups, train without one, test on it (App. E.2: 5)
 
 
-SCALES = dict(tiny=dict(), cpu=dict(), gpu=dict(batch=64), gpt2=dict(batch=8, lr=9e-6))
+SCALES = dict(tiny=dict(lr=1e-3), cpu=dict(), gpu=dict(batch=64), gpt2=dict(batch=8, lr=9e-6))
 
 
 def ranking_loss(scores, ranks):

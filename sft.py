@@ -51,12 +51,12 @@ class Config(Common):
     n_embd: Count = 128
 
     # pretraining
-    base_steps: Count = 4000
+    base_steps: Count = 3600
     base_tokens: Count = 512  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few
     base_lr: Rate = 2e-3  # AdamW, of embeddings and vectors: peak, cosine to 10% (GPT-3 1.3B: 2.0e-4)
     muon_lr: Rate = 0.01  # Muon, of the matrices of the blocks: peak, the same cosine
     base_weight_decay: Amount = 0.1  # as GPT-3
-    primer_share: Share = 0.2  # of the steps: the first ones see roll-calls only; 0 for none
+    primer_share: Share = 0.22  # of the steps, the warm-up: these see roll-calls only; 0 for none
     lookup: bool = True  # GPTConfig.lookup; False is plain GPT-2
 
     # the supervised baseline
@@ -102,7 +102,7 @@ def valid_loss(gpt, batches):
     return total / count
 
 
-def train(run, gpt, tokenizer, optimizers, batches, valid, config, keep={}):
+def train(run, gpt, tokenizer, optimizers, batches, valid, config, keep={}, warmup=0):
     """The loop of every stage, in its simplest form: one step is batch, loss, backward, update, log.
 
     optimizers: by name. batches: for each step its rows, pairs of (prompt ids, response ids); a
@@ -125,7 +125,8 @@ def train(run, gpt, tokenizer, optimizers, batches, valid, config, keep={}):
             loss = lm_loss(gpt, tokens, mask)
         run.check_finite(loss.item())
         loss.backward()
-        optimizer_step(gpt, optimizers.values(), cosine(step, len(batches)), config.grad_clip)
+        factor = cosine(step, len(batches), warmup)
+        optimizer_step(gpt, optimizers.values(), factor, config.grad_clip)
         # 3. log
         if step % config.log_every == 0 or step == len(batches) or step in keep:
             run.log(loss=loss.item(), **losses(), tokens_s=seen / run.seconds())
@@ -185,7 +186,10 @@ def pretrain(config, datasets):
         for chosen in data.bucketed(list(map(len, texts)), rows, config.seed, steps):
             batches.append([(texts[i][:1], texts[i][1:]) for i in chosen])
     optimizers = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
-    train(run, gpt, tokenizer, optimizers, batches, dict(valid_loss=valid), config)
+    # the primer is the warm-up: at the full rate some seeds never learn to answer the calls
+    train(
+        run, gpt, tokenizer, optimizers, batches, dict(valid_loss=valid), config, warmup=primer_steps
+    )
 
 
 def fine_tune(name, config, base, tokenizer, datasets):
@@ -271,9 +275,12 @@ def optimizer_step(network, optimizers, factor, grad_clip):
     return norm
 
 
-def cosine(step, steps, floor=0.1):
-    """Factor of the learning rate: a cosine from 1 to `floor`, no warm-up (InstructGPT, App. C.1)."""
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+def cosine(step, steps, warmup=0, floor=0.1):
+    """Factor of the learning rate: linear from 0 to 1 in the warm-up (none in InstructGPT, App. C.1), then
+    a cosine to `floor`."""
+    if step < warmup:
+        return step / warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 # --------------------------------------------------------------------------------------------------
