@@ -223,7 +223,7 @@ def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
     (text, ids); ids end with eot if the response ended by itself."""
     order, responses = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
     for chosen in cut(order, 512):
-        tokens, lengths = model.generate(
+        tokens, lengths = model.generate_shared(
             policy, [prompts[i] for i in chosen], max_new_tokens, temperature, tokenizer.eot, generator
         )
         for i, row, length in zip(chosen, tokens.tolist(), lengths.tolist()):

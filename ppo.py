@@ -203,7 +203,7 @@ def rollout(policy, ref, judge, prompts, tokenizer, config, generator):
     """
     # 1. sample; eot is an action like any other, what would follow it is never made
     started = time.monotonic()
-    tokens, lengths = model.generate(
+    tokens, lengths = model.generate_shared(
         policy, prompts, config.max_new_tokens, config.temperature, tokenizer.eot, generator
     )
     seconds = time.monotonic() - started

@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
@@ -264,8 +265,14 @@ def muon_and_adamw(gpt, muon_lr, lr, weight_decay):
 
 
 def optimizer_step(network, optimizers, factor, grad_clip):
-    """Clip the gradients, step with `factor` times the peak of the learning rate, clear them -> their
+    """Add up the gradients of all processes, clip them, step with `factor` times the peak of the learning rate, clear them -> their
     norm before clipping."""
+    if dist.is_initialized():  # in one message: each has those of its own rows (model.by_length)
+        grads = [p.grad for p in network.parameters()]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(total.view_as(grad))
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -368,7 +375,7 @@ def get_device(name):
     name = name or there[0]
     check(name in there, f"--device={name} is not there: use one of {', '.join(there)}")
     if name != "cpu":
-        torch.cuda.set_device(int(name.partition(":")[2] or 0))
+        torch.cuda.set_device(int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", 0)))
         torch.set_float32_matmul_precision("high")  # what autocast leaves in fp32 may use TF32
         # cuDNN's attention builds a plan, up to a second, for each new shape: ours are ragged
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -435,19 +442,23 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(self.state[name])
             print(f"{self.path}: going on from step {self.step}")
+        if dist.is_initialized():
+            dist.barrier()  # all have read what the first will write over
         # the log is cut behind that step; its last line may have no end
         is_kept = lambda row: self.step and row.endswith(b"\n") and json.loads(row)["step"] <= self.step
-        with open(self.log_path, "a+b") as file:
-            file.seek(0)
-            file.truncate(sum(len(row) for row in file if is_kept(row)))
+        if is_first():
+            with open(self.log_path, "a+b") as file:
+                file.seek(0)
+                file.truncate(sum(len(row) for row in file if is_kept(row)))
 
     def __iter__(self):
         self.due, self.interrupted = time.monotonic() + self.config.save_seconds, False
         previous = signal.signal(signal.SIGINT, self.interrupt)
-        left = range(self.step + 1, self.steps + 1)
+        left, no_bar = range(self.step + 1, self.steps + 1), None if is_first() else True
         try:
-            for self.step in tqdm(left, initial=self.step, total=self.steps, disable=None):
+            for self.step in tqdm(left, initial=self.step, total=self.steps, disable=no_bar):
                 seed = self.config.seed * 1_000_003 + self.step
+                seed += 500_009 * model.rank_and_size()[0]  # each process samples for itself
                 torch.manual_seed(seed)
                 self.generator = torch.Generator(self.device).manual_seed(seed)
                 self.rng = np.random.default_rng([self.config.seed, self.step])
@@ -477,8 +488,9 @@ class Run:
 
     def write(self, rows):
         """Rows with their step -> the log."""
-        with open(self.log_path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if is_first():
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def check_finite(self, loss):
         """Raises SystemExit at the first loss that is not a number, before it reaches the checkpoint."""
@@ -498,6 +510,8 @@ class Run:
     def finish(self):
         """After the last step."""
         self.save(finished=True)
+        if dist.is_initialized():
+            dist.barrier()  # the file is there for all
         spent = f"{self.seconds():.0f} s, {peak_memory_gb():.2f} GB"
         print(f"wrote {self.path}: {self.steps} steps, {spent}", flush=True)
 
@@ -519,13 +533,20 @@ def replacing(path):
 
 
 def write_text(path, text):
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    if is_first():
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def save_checkpoint(path, **checkpoint):
-    with replacing(path) as temporary:
-        torch.save(checkpoint, temporary)
+    if is_first():
+        with replacing(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+def is_first():
+    """Is this the process that writes and prints? Under torchrun the others do not."""
+    return model.rank_and_size()[0] == 0
 
 
 def where(config, name):
@@ -589,13 +610,29 @@ def peak_memory_gb():
 
 
 def start(main, Config, scales):
-    """What stands under `if __name__ == "__main__"` of every stage: errors of the user in one line."""
+    """What stands under `if __name__ == "__main__"` of every stage: errors of the user in one line. As one
+    of the processes of torchrun it joins the others first, and leaves talking to the first."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group()
+    first = is_first()
+    if not first:
+        sys.stdout = open(os.devnull, "w")
     try:
-        main(parse(Config, scales, sys.argv[1:]))
+        return main(parse(Config, scales, sys.argv[1:]))
+    except SystemExit as stop:
+        why = stop.code
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on from the last checkpoint") from None
+        why = "interrupted: the same command goes on from the last checkpoint"
     except ValueError as problem:  # raised by our functions for what a caller got wrong
-        raise SystemExit(str(problem)) from None
+        why = str(problem)
+    except RuntimeError as problem:
+        if "by peer" not in str(problem) and not isinstance(problem, dist.DistError):
+            raise
+        why = "another of the processes ended: the same command goes on from the last checkpoint"
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    raise SystemExit(why if first or not why else 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""Several processes (torchrun): the gradients of one, files and print by the first, a run that goes on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import torch
+
+import model
+import sft
+from conftest import same, tiny_gpt, tiny_scalar
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def torchrun(*command):
+    command = [*TORCHRUN, *command]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def gradients():
+    """One backward of each kind of loss on a batch of ragged rows, fewer unmasked tokens in some, then
+    what an optimizer step is given -> {name: gradient}. `rows`: 7, so that no share is like another; and 1,
+    which leaves a second process without any."""
+    import ppo
+    import reward
+
+    found, config = {}, ppo.Config()
+    for rows in (7, 1):
+        torch.manual_seed(1)
+        prompts, ends = torch.randint(1, 5, (rows,)), torch.randint(7, 15, (rows,))
+        tokens = torch.randint(1, 11, (rows, 14))
+        mask = model.response_mask(prompts, ends, 14)
+        old = torch.randn(mask.shape) * mask
+        minibatch = dict(mask=mask, logprobs=old - 2, advantages=ppo.whiten(torch.randn(mask.shape), mask))
+
+        def policy_loss(gpt):
+            new = model.by_length(model.masked_logprobs, gpt, tokens, mask, 0.7)
+            return ppo.objective(new, minibatch, config)[0]
+
+        def value_loss(scalar):
+            values = model.by_length(model.masked_values, scalar, tokens, mask)
+            return ppo.value_loss(values, old, old + 1, mask, 0.2)
+
+        def ranking_loss(scalar):
+            scores = reward.score(scalar, tokens, ends).view(1, -1)
+            return reward.ranking_loss(scores, torch.arange(1, rows + 1).view(1, -1))
+
+        losses = dict(lm=lambda gpt: sft.lm_loss(gpt, tokens, mask), policy=policy_loss)
+        scalar_losses = dict(value=value_loss, ranking=ranking_loss)
+        for of, make, std in ((losses, tiny_gpt, 0.1), (scalar_losses, tiny_scalar, 0.1)):
+            for name, loss in of.items():
+                network, given = make(std=std), []
+                loss(network).backward()
+                sft.optimizer_step(network, [Taker(network, given)], 1.0, 1e9)
+                found[f"{name} {rows}"] = given
+    return found
+
+
+class Taker(torch.optim.SGD):
+    """An optimizer that keeps the gradients it is given."""
+
+    def __init__(self, network, given):
+        super().__init__(network.parameters(), lr=0.0)
+        self.given = given
+
+    def step(self):
+        for group in self.param_groups:
+            self.given += [p.grad.clone() for p in group["params"]]
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    script = tmp_path / "step.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{ROOT!r}, {ROOT + '/tests'!r}]\n"
+        "import torch, torch.distributed as dist, test_torchrun\n"
+        "dist.init_process_group('gloo')\n"
+        f"torch.save(test_torchrun.gradients(), {str(tmp_path)!r} + f'/{{dist.get_rank()}}.pt')\n"
+    )
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr
+    alone, first, second = gradients(), *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert alone.keys() == first.keys()
+    for name, expected in alone.items():
+        assert same(first[name], second[name]), name  # to the bit, so that weights stay equal
+        largest = max(float(gradient.abs().max()) for gradient in expected)
+        assert largest > 0 or name == "ranking 1"  # one response has nothing to be ranked with
+        for found, gradient in zip(first[name], expected):
+            torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5 * largest, msg=name)
+
+
+def test_a_run_of_two_that_was_killed_goes_on_and_the_first_alone_writes(tmp_path):
+    flags = ["--scale=tiny", "--device=cpu", "--base_steps=4", "--log_every=1", "--save_seconds=0"]
+    # the first process is killed in the middle of its third step
+    killer = tmp_path / "killer.py"
+    killer.write_text(
+        f"import sys; sys.path[:0] = [{ROOT!r}]\n"
+        "import os, signal, model, sft\n"
+        "step = sft.optimizer_step\n"
+        "calls = []\n"
+        "def killing(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3 and sft.is_first():\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return step(*arguments)\n"
+        "sft.optimizer_step = killing\n"
+        "sft.start(sft.main, sft.Config, sft.SCALES)\n"
+    )
+    killed, whole = f"--out={tmp_path}/killed", f"--out={tmp_path}/whole"
+    assert torchrun(str(killer), *flags, killed).returncode != 0
+    again, unbroken = torchrun("sft.py", *flags, killed), torchrun("sft.py", *flags, whole)
+    assert again.returncode == unbroken.returncode == 0, again.stderr + unbroken.stderr
+    assert "base.pt: going on from step" in again.stdout
+    for name in ("base", "sft", "ppo_init"):
+        one, other = (
+            torch.load(tmp_path / folder / f"{name}.pt", weights_only=True) for folder in ("killed", "whole")
+        )
+        assert same(one["weights"], other["weights"]), name
+    steps = [json.loads(row)["step"] for row in (tmp_path / "whole" / "base.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4] and unbroken.stdout.count("wrote") == 3  # by the first alone
+
+
+def test_bad_input_is_one_line_of_one_process(tmp_path):
+    done = torchrun("sft.py", "--scale=tiny", "--n_head=3", f"--out={tmp_path}")
+    assert done.returncode != 0
+    assert done.stderr.count("--n_head=3 does not divide") == 1
