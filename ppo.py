@@ -51,7 +51,7 @@ class Config(Common):
     reward: str = ""
 
     # rollouts
-    episodes: Count = 12_288  # responses in all (paper: 256k)
+    episodes: Count = 24_576  # responses in all (paper: 256k)
     rollout_size: Count = 256  # responses per iteration (paper: 512)
     temperature: Rate = 1.0  # as the paper
 
