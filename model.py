@@ -323,7 +323,8 @@ def by_length(function, network, tokens, mask, *arguments):
         T = int(lengths[rows[-1]])
         result = function(network, tokens[rows, :T], mask[rows, : T - 1], *arguments)
         results.append(F.pad(result, (0, tokens.size(1) - T)))
-    whole = torch.zeros(mask.shape, device=mask.device)
+    dtype = results[0].dtype if results else torch.float32
+    whole = torch.zeros(mask.shape, device=mask.device, dtype=dtype)
     if results:
         whole[mine] = torch.cat(results)
     else:  # fewer rows than processes: this one takes part in the backward by gradients of zero

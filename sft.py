@@ -265,8 +265,8 @@ def muon_and_adamw(gpt, muon_lr, lr, weight_decay):
 
 
 def optimizer_step(network, optimizers, factor, grad_clip):
-    """Add up the gradients of all processes, clip them, step with `factor` times the peak of the learning rate, clear them -> their
-    norm before clipping."""
+    """Add up the gradients of all processes, clip them, step with `factor` times the peak of the learning
+    rate, clear them -> their norm before clipping."""
     if dist.is_initialized():  # in one message: each has those of its own rows (model.by_length)
         grads = [p.grad for p in network.parameters()]
         flat = torch.cat([grad.flatten() for grad in grads])

@@ -120,6 +120,9 @@ def test_cosine_decays_to_a_tenth():
     factors = [sft.cosine(t, 1000) for t in (0, 250, 500, 750, 1000)]
     assert factors == pytest.approx([1.0, 0.868198, 0.55, 0.231802, 0.1], abs=1e-6)
     assert 9.65e-6 * factors[2] == pytest.approx(5.3075e-6)
+    # behind a warm-up of 200 steps the same cosine over the 1000 that are left
+    rising = [sft.cosine(t, 1200, warmup=200) for t in (1, 100, 200, 700, 1200)]
+    assert rising == pytest.approx([0.005, 0.5, 1.0, 0.55, 0.1])
 
 
 @pytest.mark.parametrize("gradient, decay, moves", [
