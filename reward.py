@@ -17,11 +17,8 @@ Differs from the paper in:
        marks.
 
     python reward.py                  after python sft.py; 3 minutes on two CPU cores; writes reward.pt
-    python reward.py --folds=5        only measures agreement with labelers it did not learn from
 """
 
-import json
-import os
 import random
 import runpy
 import zlib
@@ -51,7 +48,6 @@ class Config(Common):
     batch: Count = 4  # prompts a step (paper: 64)
     lr: Rate = 5e-4  # peak, cosine to 10% (paper: 9e-6)
     grad_clip: Rate = 1.0
-    folds: Count = 1  # above 1: labelers in so many groups, train without one, test on it (App. E.2: 5)
 
 
 SCALES = dict(tiny=dict(lr=1e-3), cpu=dict(), gpu=dict(batch=64), gpt2=dict(batch=8, lr=9e-6))
@@ -169,8 +165,8 @@ def main(config):
     sft.check_config(config)
     sizes = f"--k_min={config.k_min} --k_max={config.k_max}"
     check(2 <= config.k_min <= config.k_max, f"{sizes}: expected 2 or more, and no k_max below k_min")
-    run = Run("reward", "reward", config, ignore=("folds",))
-    if run.finished and config.folds == 1:
+    run = Run("reward", "reward", config)
+    if run.finished:
         return
     made_by = 'run "python sft.py" first, or pass --sft=PATH'
     start, tokenizer, _ = sft.load_policy(sft.where(config, "sft"), made_by, run.device)
@@ -186,8 +182,6 @@ def main(config):
         data.encode_comparisons(tokenizer, part, start.config.block_size) for part in (rows, rows_valid)
     )
     pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], start.config.block_size)
-    if config.folds > 1:
-        return cross_validate(start, tokenizer, groups, rows, pairs, config)
     train(run, start, tokenizer, groups, groups_valid, pairs, config)
 
 
@@ -224,7 +218,7 @@ def train(run, start, tokenizer, groups, groups_valid, pairs, config):
 
 
 # ==================================================================================================
-# The bar: below it, where comparisons come from, and whether labelers agree.
+# The bar: below it, where comparisons come from.
 # ==================================================================================================
 
 
@@ -268,7 +262,7 @@ def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
     models = [policies[source].state_dict() for source in mixture if source in policies]
     weights = b"".join(w.cpu().numpy().tobytes() for weights in models for w in weights.values())
     run = Run(
-        name, "comparisons", config, ("epochs", "batch", "lr", "grad_clip", "folds"), mixture=str(mixture),
+        name, "comparisons", config, ("epochs", "batch", "lr", "grad_clip"), mixture=str(mixture),
         weights_of_the_sources=zlib.crc32(weights),  # other samples, other comparisons
     )
     if run.finished:
@@ -327,37 +321,6 @@ def written(world, source, task, tasks, tokenizer, rng):
         same = [other for other in others if other["category"] == task["category"]]
         text = rng.choice(same if same and rng.random() < 0.6 else tasks)["reply"]
     return text, tokenizer.encode(text) + [tokenizer.eot]
-
-
-def cross_validate(start, tokenizer, groups, rows, pairs, config):
-    """Do reward models generalise to labelers they did not learn from? (App. E.2: 69.6%, 72.4% on their own)
-
-    Labelers are dealt into config.folds groups; a model learns from all but one, and is tested on that
-    one and, with prompts it has not seen, on its own -> list of (accuracy on its own labelers, on the
-    others). Raises SystemExit if there are fewer labelers than folds.
-    """
-    names = sorted({row.get("labeler") for row in rows} - {None})
-    message = f"--folds={config.folds}: the comparisons name {len(names)} labelers, fewer than that"
-    check(len(names) >= config.folds, message)
-    message = "some comparisons are longer than the context: remove them for --folds"
-    check(len(rows) == len(groups), message)
-    fold_of, results = {name: i % config.folds for i, name in enumerate(names)}, []
-    for fold in range(config.folds):
-        mine, others = [], []
-        for group, row in zip(groups, rows):
-            (others if fold_of.get(row.get("labeler")) == fold else mine).append(group)
-        own = mine[::10]
-        del mine[::10]
-        run = Run(f"fold-{fold + 1}", "reward", config)
-        reward_model = train(run, start, tokenizer, mine, others, pairs, config)
-        results.append([evaluate(reward_model, part, run.device)["accuracy"] for part in (own, others)])
-        numbers = "{:.3f}, on those it did not learn from {:.3f}".format(*results[-1])
-        print(f"fold {fold + 1}: accuracy on its own labelers {numbers}", flush=True)
-    own, others = (sum(column) / len(results) for column in zip(*results))
-    print(f"mean: {own:.3f} and {others:.3f}")
-    table = json.dumps(dict(own=own, others=others, folds=results))
-    sft.write_text(os.path.join(config.out, "folds.json"), table)
-    return results
 
 
 if __name__ == "__main__":

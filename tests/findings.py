@@ -167,7 +167,15 @@ class Chain(eval.Models):
         """3. Labelers who gave no training data agree: their win rate of PPO-ptx; reward models of 4 of 5
         groups on the fifth (App. E.2). Paper: reward models: 0.724 on their own labelers, 0.696 on others."""
         [row] = self.ask_users(["PPO-ptx"]).values()
-        own, others = map(list, zip(*reward.main(self.settings(reward, folds=5))))
+        groups, valid = self.comparisons()
+        rows = data.read_jsonl(f"{self.out}/comparisons.jsonl")
+        sft.check(len(rows) == len(groups), "some comparisons are longer than the context")
+        accuracy = lambda *of: reward.evaluate(*of, self.device)["accuracy"]
+        own, others = [], []
+        for fold, (mine, held_out, of_others) in enumerate(folds_of(rows, groups)):
+            reward_model, _ = self.train_reward(f"fold-{fold + 1}", mine, of_others)
+            own.append(accuracy(reward_model, held_out))
+            others.append(accuracy(reward_model, of_others))
         found = {who: {"share": row[f"win by {who}"]} for who in ("labelers", "held-out labelers")}
         found |= {"RM on its own labelers": {"share": own}, "RM on the fifth group": {"share": others}}
         as_often = not below(found, "share", "held-out labelers", "labelers")
@@ -423,6 +431,17 @@ def below(found, column, *labels):
     values = [found[x][column] if isinstance(x, str) else itertools.repeat(x) for x in labels]
     differences = (eval.interval(y - x for x, y in zip(a, b)) for a, b in itertools.pairwise(values))
     return all(mean > half for mean, half in differences)
+
+
+def folds_of(rows, groups, count=5):
+    """Labelers dealt into `count` folds; rows name the labeler of each of the groups -> for each fold the
+    groups to learn from, a tenth held out from the same labelers, and those of the fold's labelers."""
+    fold_of = {name: i % count for i, name in enumerate(sorted({row["labeler"] for row in rows}))}
+    for fold in range(count):
+        is_theirs = [fold_of[row["labeler"]] == fold for row in rows]
+        mine = [group for group, theirs in zip(groups, is_theirs) if not theirs]
+        learnt = [group for i, group in enumerate(mine) if i % 10]
+        yield learnt, mine[::10], list(itertools.compress(groups, is_theirs))
 
 
 def stated(world, text):

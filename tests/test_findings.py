@@ -24,6 +24,15 @@ def world():
     return data.World()
 
 
+def test_folds_learn_from_no_labeler_whom_they_are_tested_on():
+    rows, groups = [dict(labeler=f"labeler-{i % 7}") for i in range(70)], list(range(70))
+    who, folds = (lambda part: {i % 7 for i in part}), list(findings.folds_of(rows, groups, 3))
+    for learnt, held_out, of_others in folds:
+        assert who(held_out) <= who(learnt) and not who(learnt) & who(of_others)
+        assert sorted(learnt + held_out + of_others) == groups and len(held_out) >= 4
+    assert sorted(i for *_, of_others in folds for i in of_others) == groups
+
+
 @pytest.mark.parametrize("a, b, expected", [
     # differences 1, 0, 1, 0: mean 0.5, sd sqrt(1/3), half-width 1.96 * 0.577350 / 2 = 0.565803
     ([0, 0, 1, 1], [1, 0, 2, 1], False),

@@ -1,6 +1,5 @@
 """Tests of reward.py: eq. 1, and the scores it is computed from."""
 
-import inspect
 import json
 import math
 import random
@@ -240,21 +239,6 @@ def test_demonstrations_score_zero_on_average_and_the_shift_changes_no_compariso
     rows = [json.loads(line) for line in (tmp_path / "reward.jsonl").read_text().splitlines()]
     assert after["accuracy"] == rows[-1]["accuracy"] and all(row["memory_gb"] > 0 for row in rows)
     assert after["valid_loss"] == pytest.approx(rows[-1]["valid_loss"], abs=1e-5)
-
-
-def test_folds_test_on_labelers_that_were_not_learned_from(chain, tmp_path, monkeypatch):
-    """Four labelers, each with a prompt of its own, in two folds; beside a finished reward.pt, which stays."""
-    rows = [json.loads(line) for line in (chain / "comparisons.jsonl").read_text().splitlines()]
-    rows = [dict(row, prompt=f"say {i % 4}\n", labeler=f"labeler-{i % 4}") for i, row in enumerate(rows)]
-    (tmp_path / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(chain, tmp_path, data=str(tmp_path))
-    before, folds = (tmp_path / "reward.pt").read_bytes(), []
-    train, bind = reward.train, inspect.signature(reward.train).bind
-    monkeypatch.setattr(reward, "train", lambda *args: folds.append(bind(*args).arguments) or train(*args))
-    run(chain, tmp_path, data=str(tmp_path), folds=2)
-    who = lambda groups: {tokenizer_of(chain).decode(rows[0])[:5] for rows, _ in groups}
-    assert all(who(fold["groups"]).isdisjoint(who(fold["groups_valid"])) for fold in folds)
-    assert len(folds) == 2 and (tmp_path / "reward.pt").read_bytes() == before
 
 
 def test_every_comparison_fits_and_has_different_responses(chain, tmp_path, capsys):
