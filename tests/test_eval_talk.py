@@ -166,7 +166,7 @@ def test_compare_leaves_out_what_it_cannot_tell(monkeypatch, out, tmp_path, caps
 def test_bad_input_gets_one_line(monkeypatch, command, flag, message):
     piped(monkeypatch, "")
     with pytest.raises(SystemExit) as stop:
-        eval.talk(command, [flag])
+        eval.talk(command, [flag, "--device=cpu"])
     assert stop.value.code.startswith(message) and "\n" not in stop.value.code
 
 
