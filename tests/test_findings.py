@@ -24,6 +24,13 @@ def world():
     return data.World()
 
 
+def test_apart_looks_at_the_difference_of_two_means():
+    # means 0.5 and 1.5, sd sqrt(1/3) each: half-widths 0.565803, of the difference 0.800166
+    found = dict(a=dict(x=[0, 0, 1, 1]), b=dict(x=[1, 1, 2, 2]), c=dict(x=[0.75, 0.75, 1.75, 1.75]))
+    assert findings.apart(found, "x", "a", "b") and not findings.apart(found, "x", "b", "a")
+    assert not findings.apart(found, "x", "a", "c")  # 0.75 above a: within 0.800166
+
+
 def test_folds_learn_from_no_labeler_whom_they_are_tested_on():
     rows, groups = [dict(labeler=f"labeler-{i % 7}") for i in range(70)], list(range(70))
     who, folds = (lambda part: {i % 7 for i in part}), list(findings.folds_of(rows, groups, 3))
