@@ -224,7 +224,7 @@ def test_findings_have_the_rows_that_they_promise(report):
     rows = {number: report[1][f"{number}/1"]["rows"] for number in FINDINGS}
     assert [*rows[1]] == [*rows[15]] == [*NAMES, "demonstrator"] and [*rows[5]] == [*rows[14]] == [*NAMES]
     assert [*rows[4]] == [f"{name}, {kind}" for kind in ("page", "user", "chat") for name in NAMES]
-    assert [len(rows[number]) for number in (2, 6, 7, 8)] == [8, 12, 12, 22]
+    assert [len(rows[number]) for number in (2, 6, 7, 8)] == [9, 12, 12, 22]
     for proxy in ("reward model", "weak"):  # more samples to choose from: no lower score
         scores = [rows[12][f"best of n, {proxy}: {n}"]["score"][0] for n in (1, 2, 4, 8, 16, 32, 64)]
         assert scores == sorted(scores)
