@@ -16,7 +16,7 @@ Differs from the paper in:
        only: a small reward model that never saw a reply to another question gives such replies full
        marks.
 
-    python reward.py                  after python sft.py; 3 minutes on two CPU cores; writes reward.pt
+    python reward.py                  after python sft.py; 2.5 minutes on two CPU cores; writes reward.pt
 """
 
 import random
