@@ -350,7 +350,7 @@ def alone(args):
         load_peers()
     torch.manual_seed(0)
     _, contestants = BENCHMARKS[args.benchmarks[0]]
-    run = contestants[args.alone](SIZES[args.sizes], torch.device(args.device), args.dtype)
+    run = contestants[args.alone](SIZES[args.sizes], sft.get_device(args.device), args.dtype)
     for _ in sys.stdin:
         print(statistics.median(run()), sft.peak_memory_gb(), flush=True)
 
