@@ -287,7 +287,8 @@ def cosine(step, steps, warmup=0, floor=0.1):
     a cosine to `floor`."""
     if step < warmup:
         return step / warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+    gone = (step - warmup) / max(1, steps - warmup)  # a run may be all warm-up
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * gone))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -123,6 +123,23 @@ def test_cosine_decays_to_a_tenth():
     # behind a warm-up of 200 steps the same cosine over the 1000 that are left
     rising = [sft.cosine(t, 1200, warmup=200) for t in (1, 100, 200, 700, 1200)]
     assert rising == pytest.approx([0.005, 0.5, 1.0, 0.55, 0.1])
+    assert sft.cosine(5, 5, warmup=5) == 1.0  # --primer_share=1
+
+
+def test_the_primer_is_the_warm_up_of_pretraining(tmp_path, monkeypatch):
+    factors = []
+
+    def step(network, optimizers, factor, grad_clip):
+        factors.append(factor)
+        if len(factors) == 10:
+            raise InterruptedError
+
+    monkeypatch.setattr(sft, "optimizer_step", step)
+    flags = ["--scale=tiny", "--device=cpu", "--base_steps=10", "--primer_share=0.5", f"--out={tmp_path}"]
+    with pytest.raises(InterruptedError):
+        sft.main(sft.parse(sft.Config, sft.SCALES, flags))
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[4:] == sorted(factors[4:], reverse=True) and factors[-1] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("gradient, decay, moves", [
