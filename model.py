@@ -77,7 +77,7 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
             k, v = cache.store(self, k, v)
-        if cache is None or cache.bias is None:
+        if cache is None or cache.slot is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         else:  # one query over all slots: on a CPU two matmuls are twice as quick as the fused kernel
             scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1)) + cache.bias  # (B, nh, 1, S)
@@ -148,7 +148,7 @@ class GPT(nn.Module):
         """tokens (B, T) -> what the heads read (B, T, C), or (N, C) where the bool mask (B, T) is True.
         With a cache, tokens are prompts, or one token (T = 1) that continues each row."""
         positions = torch.arange(tokens.size(1), device=tokens.device)  # (T,)
-        if cache is not None and cache.bias is not None:
+        if cache is not None and cache.slot is not None:
             positions = cache.positions  # (B, 1)
         x, angles = self.transformer.wte(tokens), None  # (B, T, C)
         if self.config.lookup:
@@ -174,8 +174,7 @@ class GPT(nn.Module):
         is installed. Raises SystemExit, in one line, for whatever is not a GPT-2 checkpoint.
         """
         try:
-            read = _read_folder if os.path.isdir(name_or_folder) else _fetch
-            raw, weights = read(name_or_folder)
+            raw, weights = _read(name_or_folder)
             for key, value in GPT2.items():
                 if raw.get(key, value) != value:
                     raise ValueError(f"{key} is {raw[key]!r}, this GPT needs {value!r}")
@@ -204,13 +203,20 @@ GPT2 = dict(  # what other models of the same layout do differently
 )
 
 
-def _read_folder(folder):
+def _read(name_or_folder):
     """-> config.json as a dict, {name: weight}."""
-    with open(os.path.join(folder, "config.json")) as file:
+    if not os.path.isdir(name_or_folder):
+        try:
+            from transformers import GPT2LMHeadModel  # optional: only to download weights by name
+        except ImportError:
+            raise ValueError("no such folder, and fetching it by name needs: pip install transformers")
+        theirs = GPT2LMHeadModel.from_pretrained(name_or_folder)
+        return theirs.config.to_dict(), theirs.state_dict()
+    with open(os.path.join(name_or_folder, "config.json")) as file:
         raw = json.load(file)
-    path = os.path.join(folder, "model.safetensors")
+    path = os.path.join(name_or_folder, "model.safetensors")
     if not os.path.exists(path):
-        path = os.path.join(folder, "pytorch_model.bin")
+        path = os.path.join(name_or_folder, "pytorch_model.bin")
         return raw, torch.load(path, map_location="cpu", weights_only=True)
     # safetensors: 8 bytes with the header's length, a JSON header, then the raw tensors
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -224,16 +230,6 @@ def _read_folder(folder):
             weight = torch.frombuffer(content[begin:end], dtype=dtypes[entry["dtype"]])
             weights[name] = weight.view(entry["shape"])
     return raw, weights
-
-
-def _fetch(name):
-    """-> config as a dict, {name: weight}, by name through transformers."""
-    try:
-        from transformers import GPT2LMHeadModel  # optional: only to download weights by name
-    except ImportError:
-        raise ValueError("no such folder, and fetching it by name needs: pip install transformers")
-    theirs = GPT2LMHeadModel.from_pretrained(name)
-    return theirs.config.to_dict(), theirs.state_dict()
 
 
 class ScalarGPT(nn.Module):
@@ -316,19 +312,16 @@ def by_length(function, network, tokens, mask, *arguments):
     """
     columns = torch.arange(2, tokens.size(1) + 1, device=mask.device)
     lengths = (mask * columns).amax(1).clamp(min=2)  # (B,), up to the last action that counts
-    rank, size = rank_and_size()
-    mine, results = lengths.argsort(stable=True)[rank::size], []  # every process gets short and long ones
-    for piece in microbatches(lengths[mine]) if len(mine) else ():
+    (rank, size), order, results = rank_and_size(), lengths.argsort(stable=True), []
+    # every process gets short and long rows; one for which none is left computes another's, times zero
+    mine, is_needed = order[rank % len(order) :: size], rank < len(order)
+    for piece in microbatches(lengths[mine]):
         rows = mine[piece]
         T = int(lengths[rows[-1]])
         result = function(network, tokens[rows, :T], mask[rows, : T - 1], *arguments)
         results.append(F.pad(result, (0, tokens.size(1) - T)))
-    dtype = results[0].dtype if results else torch.float32
-    whole = torch.zeros(mask.shape, device=mask.device, dtype=dtype)
-    if results:
-        whole[mine] = torch.cat(results)
-    else:  # fewer rows than processes: this one takes part in the backward by gradients of zero
-        whole = whole + 0.0 * sum(p.sum() for p in network.parameters())
+    whole = torch.zeros(mask.shape, device=mask.device, dtype=results[0].dtype)
+    whole[mine] = torch.cat(results) * is_needed
     if size > 1:
         told = whole.detach().clone()
         dist.all_reduce(told)
@@ -373,31 +366,29 @@ class Cache:
     """Keys and values of every token so far, in one buffer for each layer (2, B, nh, S, hs).
 
     Slots 0 to P-1 hold the prompts, right-padded, and the token of step s stands in slot P + s of every
-    row. `bias` is what a single query adds to its scores: -inf where a slot is padding or still empty;
-    None while prompts are read.
+    row. `bias` is what a single query adds to its scores: -inf where a slot is padding or still empty.
+    `slot` is where the next tokens go, None while prompts are read.
     """
 
     def __init__(self, prompt_lengths, slots):
-        self.buffers, self.bias, self.slots = {}, None, slots
-        device = prompt_lengths.device
+        self.buffers, self.slot = {}, None
         self.positions = prompt_lengths[:, None] - 1  # (B, 1), of the last token of each row
-        self.unseen = torch.arange(slots, device=device) >= prompt_lengths[:, None]  # (B, S)
+        empty = torch.arange(slots, device=prompt_lengths.device) > self.positions  # (B, S)
+        self.bias = torch.where(empty, -math.inf, 0.0)[:, None, None]  # (B, 1, 1, S)
 
     def advance(self, slot):
         """The next tokens, one for every row, go to this slot."""
         self.slot, self.positions = slot, self.positions + 1
-        self.unseen[:, slot] = False
-        bias = torch.zeros(self.unseen.shape, device=self.unseen.device)
-        self.bias = bias.masked_fill(self.unseen, -math.inf)[:, None, None]  # (B, 1, 1, S)
+        self.bias[..., slot] = 0.0
 
     def store(self, layer, k, v):
         """k, v (B, nh, T, hs) -> the keys and values to attend to: of the prompts themselves while
         prompts are read (those of `rows`), else of all slots (B, nh, S, hs)."""
         if layer not in self.buffers:
-            B, (_, nh, _, hs) = len(self.unseen), k.shape
-            self.buffers[layer] = k.new_zeros(2, B, nh, self.slots, hs)
+            (B, _, _, S), (_, nh, _, hs) = self.bias.shape, k.shape
+            self.buffers[layer] = k.new_zeros(2, B, nh, S, hs)
         buffer = self.buffers[layer]
-        if self.bias is None:
+        if self.slot is None:
             buffer[0, self.rows, :, : k.size(2)], buffer[1, self.rows, :, : k.size(2)] = k, v
             return k, v
         buffer[0, :, :, self.slot], buffer[1, :, :, self.slot] = k.squeeze(2), v.squeeze(2)
@@ -405,7 +396,7 @@ class Cache:
 
     def select(self, rows):
         """Keep these rows (b,), in this order."""
-        self.positions, self.unseen = self.positions[rows], self.unseen[rows]
+        self.positions, self.bias = self.positions[rows], self.bias[rows]
         self.buffers = {layer: buffer[:, rows] for layer, buffer in self.buffers.items()}
 
 
@@ -432,9 +423,9 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
     if not all(prompts):
         raise ValueError("a prompt is empty: give at least one token, for example eot")
     if longest + max_new_tokens > gpt.config.block_size:
-        wanted = f"prompt has {longest} tokens and {max_new_tokens} are to follow"
-        context = f"the context is {gpt.config.block_size}"
-        raise ValueError(f"{wanted}, but {context}: shorten the prompt or lower --max_new_tokens")
+        counts = f"prompt has {longest} tokens and {max_new_tokens} are to follow"
+        advice = "shorten the prompt or lower --max_new_tokens"
+        raise ValueError(f"{counts}, but the context is {gpt.config.block_size}: {advice}")
     # 1. read the prompts, those of similar length together
     tokens, lengths = pad(prompts, gpt.lm_head.weight.device)  # (B, P), (B,)
     cache, pieces, ends = Cache(lengths, longest + max_new_tokens), microbatches(lengths), []
