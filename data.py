@@ -53,6 +53,7 @@ import model
 
 Count, Seed = NewType("Count", int), NewType("Seed", int)
 Rate, Share, Amount = NewType("Rate", float), NewType("Share", float), NewType("Amount", float)
+Folder, Dtype = NewType("Folder", str), NewType("Dtype", str)
 
 
 @dataclass
@@ -60,12 +61,12 @@ class Common:
     # where and what
     scale: str = "cpu"  # tiny, cpu, gpu, gpt2: other defaults, COMMON_SCALES here and SCALES of a stage
     out: str = "out"  # folder for checkpoints and logs
-    from_: str = ""  # --from=DIR: earlier stages that --out lacks are taken from there
+    from_: Folder = ""  # --from=DIR: earlier stages that --out lacks are taken from there
     fresh: bool = False  # make this stage anew, over what it left in --out
     seed: Seed = 1
-    data: str = ""  # folder of dataset files; '' is the miniature world
+    data: Folder = ""  # of dataset files; '' is the miniature world
     device: str = ""  # cpu or cuda; '' takes cuda if it is there
-    dtype: str = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
+    dtype: Dtype = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
     encoding: str = "bpe"  # bpe: trained on the data at hand; gpt2
     base: str = ""  # a checkpoint, a Hugging Face folder or gpt2; '' is base.pt, pretrained here
 
@@ -126,13 +127,15 @@ def cut(row, size):
 
 
 def encode_documents(tokenizer, texts, length):
-    """Documents -> lists of ids, each ended by eot and cut into pieces of at most `length` ids.
+    """Documents, each ended by eot and cut into pieces of at most `length` ids -> list of pairs (first
+    id, the others), as a demonstration of which every token counts that can be predicted.
 
     A row is one document (or a piece of a long one), not a window over several as in nanoGPT: a word is
     then looked up in the one text that is there, and copying from a prompt is learnt in 1/5 of the steps.
     """
     documents = [tokenizer.encode(text) + [tokenizer.eot] for text in texts]
-    return [piece for ids in documents for piece in cut(ids, length) if len(piece) > 1]
+    pieces = (piece for ids in documents for piece in cut(ids, length) if len(piece) > 1)
+    return [(piece[:1], piece[1:]) for piece in pieces]
 
 
 def encode_pairs(tokenizer, rows, block_size):
@@ -173,26 +176,20 @@ def fitting(rows, length, limit, name):
 # batches
 
 
-def document_batch(documents):
-    """B lists of ids -> tokens (B, T), mask (B, T-1): every token counts."""
-    tokens, lengths = model.pad(documents)
-    return tokens, model.response_mask(torch.ones_like(lengths), lengths, tokens.size(1))
-
-
 def demonstration_batch(pairs, train_on_prompts=False):
-    """Pairs of (prompt ids, response ids with eot) -> tokens (B, T), mask (B, T-1): True on the
+    """B pairs of (prompt ids, response ids with eot) -> tokens (B, T), mask (B, T-1): True on the
     response, eot included; with train_on_prompts on the prompt as well."""
     tokens, lengths = model.pad([prompt + response for prompt, response in pairs])  # (B, T), (B,)
     starts = torch.tensor([1 if train_on_prompts else len(prompt) for prompt, _ in pairs])
     return tokens, model.response_mask(starts, lengths, tokens.size(1))
 
 
-def bucketed(lengths, batch, seed, count=None):
-    """Batches of rows of similar length, so that little is padding -> list of `count` lists of indices,
-    or of one epoch. Rows are shuffled, sorted by length within pools of 16 batches, and the batches
-    shuffled again; next epoch, anew."""
+def bucketed(lengths, batch, seed, count):
+    """Batches of rows of similar length, so that little is padding -> list of `count` lists of indices.
+    In each epoch rows are shuffled, sorted by length within pools of 16 batches, and the batches
+    shuffled again."""
     batches, epoch = [], 0
-    while len(batches) < (1 if count is None else count):
+    while len(batches) < count:
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(lengths))
         pools = [sorted(pool, key=lambda i: lengths[i]) for pool in cut(order, 16 * batch)]
@@ -296,11 +293,10 @@ def read_blocks(name):
                 blocks[-1][part] = [d.strip() for d in demands.split(";") if d.strip()]
         else:
             blocks[-1][parts[mark]].append(text)
-    for block in blocks:
-        for sign in needed:
-            if not block[parts[sign]]:
-                seen = [block["category"], *block["prompts"], *block["replies"]][:2]
-                raise ValueError(f"assets/world/{name}: block {seen} has no line with {sign}")
+    for block, sign in itertools.product(blocks, needed):
+        if not block[parts[sign]]:
+            seen = [block["category"], *block["prompts"], *block["replies"]][:2]
+            raise ValueError(f"assets/world/{name}: block {seen} has no line with {sign}")
     return blocks
 
 
@@ -959,8 +955,6 @@ def best_of(row):
 def read_folder(folder):
     """-> {"pretrain": [text, ..], "demonstrations": rows, "comparisons": rows, "prompts": rows}, with
     rows checked and the join rule applied. What is missing is made from the rest. Raises SystemExit."""
-    if not os.path.isdir(folder):
-        raise SystemExit(f"{folder} is not a folder: give --data the folder of the dataset files")
     texts, demonstrations, comparisons, prompts = (read_dataset(folder, name)[1] for name in DATASETS)
     pretrain = [row["text"] for row in texts]
     if not comparisons:
@@ -1129,16 +1123,16 @@ FORMATS = {
 
 def import_rows(format, paths):
     """-> {file: rows}, and a line for each row that cannot be used. Raises SystemExit if none can."""
-    files, unused = defaultdict(list), []
+    files, unused, importer = defaultdict(list), [], FORMATS[format]
     for path in paths:
         for place, row in read_rows(path):
-            try:
-                items = list(FORMATS[format](row))  # list: all of a row, or nothing
-                items = [(name, check_row(item, *DATASETS.get(name, ()))) for name, item in items]
-                for name, item in items:
-                    files[name].append(item)
+            try:  # all of a row, or nothing
+                items = [(name, check_row(item, *DATASETS.get(name, ()))) for name, item in importer(row)]
             except (ValueError, AttributeError, KeyError, TypeError) as why:
                 unused.append(f"{path}:{place}: unusable row ({why})")
+            else:
+                for name, item in items:
+                    files[name].append(item)
     if not files:
         first = (unused + [f"{paths[0]}:1: the file is empty"])[0]
         raise SystemExit(f"{first}: no row can be used, is the file {format}?")

@@ -342,7 +342,7 @@ def minibatches(batch, documents, config, rng):
         rows = torch.from_numpy(picked).to(batch["tokens"].device)
         ptx_batch, count = None, config.ptx_ratio * config.minibatch_size
         if config.ptx_coef:
-            ptx_batch = data.document_batch(data.draw(documents, count, rng))
+            ptx_batch = data.demonstration_batch(data.draw(documents, count, rng))
         yield {name: x[rows] for name, x in batch.items()}, ptx_batch
 
 
@@ -420,18 +420,17 @@ def check_config(config):
 
 
 def ensure(config):
-    """Train the defaults that are missing before PPO, each by its own stage, with this run's
-    shared flags."""
-    shared = {field.name: getattr(config, field.name) for field in fields(Common)}
-    log_every = data.COMMON_SCALES[config.scale].get("log_every", Common.log_every)  # steps
-    shared.update(fresh=False, log_every=log_every)
+    """Train the defaults that are missing before PPO, each by its own stage, with this run's shared
+    flags but those that speak of one stage only."""
+    names = {field.name for field in fields(Common)} - {"fresh", "log_every"}
+    scale, shared = config.scale, {name: getattr(config, name) for name in names}
+    flags_of = lambda stage: {**data.COMMON_SCALES[scale], **stage.SCALES[scale], **shared}
     wanted = [name for name in ("base", "sft", "ppo_init") if not getattr(config, name)]
     if not all(sft.is_finished(sft.where(config, name)) for name in wanted):
-        sft.main(sft.Config(**{**sft.SCALES[config.scale], **shared}))
+        sft.main(sft.Config(**flags_of(sft)))
     is_given = config.reward.endswith((".pt", ".py"))
     if not is_given and not sft.is_finished(sft.where(config, "reward"), "reward"):
-        given = config.sft if config.sft.endswith(".pt") else ""
-        reward.main(reward.Config(**{**reward.SCALES[config.scale], **shared, "sft": given}))
+        reward.main(reward.Config(**flags_of(reward), sft=config.sft))
 
 
 def main(config):

@@ -31,6 +31,7 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 import data
 import model
-from data import Amount, Common, Count, Rate, Seed, Share
+from data import Amount, Common, Count, Dtype, Folder, Rate, Seed, Share
 from model import GPT, GPTConfig, ScalarGPT
 
 
@@ -183,9 +184,10 @@ def pretrain(config, datasets):
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0
     batches = []
     for texts, steps in ((primer, primer_steps), (documents, config.base_steps - primer_steps)):
-        rows = max(1, config.base_tokens * len(texts) // max(1, sum(map(len, texts))))  # a step
-        for chosen in data.bucketed(list(map(len, texts)), rows, config.seed, steps):
-            batches.append([(texts[i][:1], texts[i][1:]) for i in chosen])
+        lengths = [1 + len(rest) for _, rest in texts]
+        rows = max(1, config.base_tokens * len(texts) // max(1, sum(lengths)))  # a step
+        for chosen in data.bucketed(lengths, rows, config.seed, steps):
+            batches.append([texts[i] for i in chosen])
     optimizers = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
     # the primer is the warm-up: at the full rate some seeds never learn to answer the calls
     train(
@@ -218,8 +220,7 @@ def fine_tune(name, config, base, tokenizer, datasets):
         for first in range(0, len(pairs), config.sft_batch):
             batch = [pairs[i] for i in order[first : first + config.sft_batch]]
             rows = math.ceil(len(batch) * share / (1 - share))
-            batch += [(document[:1], document[1:]) for document in data.draw(documents, rows, rng)]
-            batches.append(batch)
+            batches.append(batch + data.draw(documents, rows, rng))
     run.state.setdefault("epochs", {})
     keep = {len(batches) // epochs * epoch: epoch for epoch in kept_epochs}
     valid = [data.demonstration_batch(valid, config.train_on_prompts)]
@@ -228,14 +229,14 @@ def fine_tune(name, config, base, tokenizer, datasets):
 
 
 def documents_of(config, datasets, tokenizer, gpt):
-    """-> the pretraining documents as ids, and batches of those held out: 16k tokens, the same for every
-    stage and the last table, so that the pretraining losses of all models compare."""
+    """-> the pretraining documents as pairs of ids, and batches of those held out: 16k tokens, the same
+    for every stage and the last table, so that the pretraining losses of all models compare."""
     length = min(config.document_length, gpt.config.block_size)
     encode = lambda part: data.encode_documents(tokenizer, datasets[part], length)
     documents, valid = encode("pretrain"), encode("pretrain_valid")
-    totals = np.cumsum([len(document) for document in valid])
+    totals = np.cumsum([1 + len(rest) for _, rest in valid])
     valid = valid[: max(1, int((totals <= 16_384).sum()))]
-    return documents, [data.document_batch(valid[i : i + 32]) for i in range(0, len(valid), 32)]
+    return documents, [data.demonstration_batch(batch) for batch in data.cut(valid, 32)]
 
 
 # ==================================================================================================
@@ -269,16 +270,14 @@ def optimizer_step(network, optimizers, factor, grad_clip):
     rate, clear them -> their norm before clipping."""
     if dist.is_initialized():  # in one message: each has those of its own rows (model.by_length)
         grads = [p.grad for p in network.parameters()]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(total.view_as(grad))
+        dist.all_reduce(flat := torch.nn.utils.parameters_to_vector(grads))
+        torch.nn.utils.vector_to_parameters(flat, grads)
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("peak", group["lr"])
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return norm
 
 
@@ -304,6 +303,8 @@ KINDS = {  # type of a flag -> what reads its text, its range, both in words
     Rate: (float, lambda v: 0 < v < math.inf, "a number above 0"),
     Share: (float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
     Amount: (float, lambda v: 0 <= v < math.inf, "a number, not below 0"),
+    Folder: (str, lambda v: not v or os.path.isdir(v), "a folder that is there"),
+    Dtype: (str, lambda v: v in ("", "float32", "bfloat16"), "float32 or bfloat16"),
 }
 
 
@@ -352,10 +353,6 @@ def check_config(config):
     """Before anything trains: every flag in its range, given files and the device there, the output
     folder made and writable. Raises SystemExit."""
     check_flags(config)
-    dtype, earlier = getattr(config, "dtype", ""), getattr(config, "from_", "")
-    is_known = dtype in ("", "float32", "bfloat16")
-    check(is_known, f"--dtype={dtype} is unknown: use float32 or bfloat16")
-    check(not earlier or os.path.isdir(earlier), f"--from={earlier}: there is no such folder")
     for name in ("base", "sft", "ppo_init", "ref", "reward", "ppo"):
         given = getattr(config, name, "")
         missing = given.endswith((".pt", ".py")) and not os.path.exists(given)
@@ -495,9 +492,7 @@ class Run:
 
     def check_finite(self, loss):
         """Raises SystemExit at the first loss that is not a number, before it reaches the checkpoint."""
-        kept = f"{self.path} keeps the last good step, if one was saved"
-        message = f"the loss is {loss} at step {self.step}: lower the learning rate; {kept}"
-        check(math.isfinite(loss), message)
+        check(math.isfinite(loss), f"the loss is {loss} at step {self.step}: lower the learning rate")
 
     def save(self, finished=False):
         begun = time.monotonic()
@@ -517,32 +512,28 @@ class Run:
         print(f"wrote {self.path}: {self.steps} steps, {spent}", flush=True)
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary name, renamed to path in the end: a reader, or a kill, meets the old file or the new.
-    Raises SystemExit if the file cannot be written; what was there before stays."""
+def write_file(path, write):
+    """write(path), by the first process, but under a temporary name that then is renamed: a reader, or a
+    kill, meets the old file or the new. Raises SystemExit if it cannot be written; the old one stays."""
+    if not is_first():
+        return
     temporary = f"{path}.tmp"
     try:
-        yield temporary
+        write(temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as problem:
         reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        Path(temporary).unlink(missing_ok=True)
         message = f"cannot write {path} ({reason}): free some space or choose another --out"
         raise SystemExit(message) from None
 
 
 def write_text(path, text):
-    if is_first():
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+    write_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(path, **checkpoint):
-    if is_first():
-        with replacing(path) as temporary:
-            torch.save(checkpoint, temporary)
+    write_file(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
 def is_first():
@@ -567,8 +558,7 @@ def load_checkpoint(path, kind, made_by):
     except Exception:  # torch.load fails in many ways on what is cut short or was never a checkpoint
         message = f"{path} is damaged or is not a checkpoint of this project: delete it, then {made_by}"
         raise SystemExit(message) from None
-    names = {"policy": "a policy", "reward": "a reward model"}
-    holds = f"{path} holds {names.get(found, found)}, expected {names.get(kind, kind)}"
+    holds = f"{path} holds a {found} model, expected a {kind} model"
     check(found == kind, f"{holds}: did you mix up two paths?")
     return checkpoint
 

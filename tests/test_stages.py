@@ -252,7 +252,7 @@ def test_an_error_is_one_line_on_stderr_and_status_1_but_help_is_none():
     ("ppo", "--episodes=0", "--episodes=0: expected a whole number, at least 1"),
     ("ppo", "--episodes=1", "--episodes=1 is less than one rollout of 32"),
     ("sft", "--device=cuda:99", "--device=cuda:99 is not there: use one of "),
-    ("sft", "--dtype=float16", "--dtype=float16 is unknown: use float32 or bfloat16"),
+    ("sft", "--dtype=float16", "--dtype=float16: expected float32 or bfloat16"),
     ("sft", "--encoding=bytes", "no encoding"),
     ("sft", "--n_head=3", "--n_head=3 does not divide --n_embd=32"),
     ("sft", f"--out={__file__}/out", "cannot write there"),
@@ -260,10 +260,10 @@ def test_an_error_is_one_line_on_stderr_and_status_1_but_help_is_none():
     ("reward", "--k_max=3", "--k_min=4 --k_max=3: expected 2 or more, and no k_max below k_min"),
     ("reward", "--seed=1", 'sft.pt not found: run "python sft.py" first'),
     ("ppo", "--reward=silver", "--reward=silver is unknown"),
-    ("ppo", "--reward=gold --data=x", "--reward=gold needs the miniature world"),
+    ("ppo", "--reward=gold --data=.", "--reward=gold needs the miniature world"),
     ("ppo", "--ppo_init=no/such.pt", "no/such.pt not found: correct --ppo_init"),
     ("ppo", "--sft=folder", "--sft=folder: expected the path of a .pt file"),  # it would be left unread
-    ("ppo", "--from=no/such", "--from=no/such: there is no such folder"),
+    ("ppo", "--from=no/such", "--from=no/such: expected a folder that is there"),
 ])
 def test_bad_flags(tmp_path, stage, flags, says):
     assert says in fails(stage, f"--out={tmp_path}", *flags.split())
@@ -271,7 +271,7 @@ def test_bad_flags(tmp_path, stage, flags, says):
 
 
 def test_swapped_checkpoints(made, tmp_path):
-    for flag, found, expected in (("reward", "sft", "a reward model"), ("ppo_init", "reward", "a policy")):
+    for flag, found, expected in (("reward", "sft", "a reward"), ("ppo_init", "reward", "a policy")):
         flags = f"--out={tmp_path}", f"--from={made[0]}", f"--{flag}={made[0]}/{found}.pt"
         assert f"{found}.pt holds a" in fails("ppo", *flags) and f"expected {expected}" in fails("ppo", *flags)
 
