@@ -103,8 +103,7 @@ def load(folder, scale, seed):
                                           and comparisons is None
     prompts, valid, test                  rows with prompt: for PPO, for choices, for the last table
 
-    Made once in a process; do not write into it. Raises SystemExit for a folder without comparisons
-    and for the first malformed row.
+    Made once in a process; do not write into it. Raises SystemExit if a folder cannot be used.
     """
     if not folder:
         if scale not in WORLD_SIZES:
@@ -127,8 +126,8 @@ def cut(row, size):
 
 
 def encode_documents(tokenizer, texts, length):
-    """Documents, each ended by eot and cut into pieces of at most `length` ids -> list of pairs (first
-    id, the others), as a demonstration of which every token counts that can be predicted.
+    """Documents, each ended by eot and cut into pieces of at most `length` ids -> pairs (first id, the
+    others), like demonstrations: every token counts that can be predicted.
 
     A row is one document (or a piece of a long one), not a window over several as in nanoGPT: a word is
     then looked up in the one text that is there, and copying from a prompt is learnt in 1/5 of the steps.
@@ -185,9 +184,8 @@ def demonstration_batch(pairs, train_on_prompts=False):
 
 
 def bucketed(lengths, batch, seed, count):
-    """Batches of rows of similar length, so that little is padding -> list of `count` lists of indices.
-    In each epoch rows are shuffled, sorted by length within pools of 16 batches, and the batches
-    shuffled again."""
+    """Batches of rows of similar length, so that little is padding -> `count` lists of indices. Each
+    epoch is shuffled, sorted by length within pools of 16 batches, and shuffled by batches."""
     batches, epoch = [], 0
     while len(batches) < count:
         rng = np.random.default_rng([seed, epoch])
@@ -205,8 +203,7 @@ def draw(rows, count, rng):
 
 
 def every_row(count, turn, size, seed):
-    """The `size` rows of a turn, such that each of `count` rows comes once before any comes again ->
-    list of indices."""
+    """The `size` rows of a turn, each of `count` rows once before any comes again -> indices."""
     rows, first = [], turn * size
     while len(rows) < size:
         epoch, place = divmod(first + len(rows), count)
@@ -230,8 +227,7 @@ def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
 
 
 def response_text(tokenizer, prompt_ids, ids):
-    """ids of a response -> text without eot, decoded behind its prompt, so that the space between the
-    two stays with the response."""
+    """ids of a response -> text without eot; decoded behind its prompt, or a first space is lost."""
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eot else ids
     return tokenizer.decode(prompt_ids + ids)[len(tokenizer.decode(prompt_ids)) :]
 
@@ -1127,7 +1123,9 @@ def import_rows(format, paths):
     for path in paths:
         for place, row in read_rows(path):
             try:  # all of a row, or nothing
-                items = [(name, check_row(item, *DATASETS.get(name, ()))) for name, item in importer(row)]
+                items = list(importer(row))
+                for name, item in items:
+                    check_row(item, *DATASETS.get(name, ()))
             except (ValueError, AttributeError, KeyError, TypeError) as why:
                 unused.append(f"{path}:{place}: unusable row ({why})")
             else:

@@ -209,7 +209,7 @@ def _read(name_or_folder):
         try:
             from transformers import GPT2LMHeadModel  # optional: only to download weights by name
         except ImportError:
-            raise ValueError("no such folder, and fetching it by name needs: pip install transformers")
+            raise ValueError("no such folder; fetching it by name needs: pip install transformers")
         theirs = GPT2LMHeadModel.from_pretrained(name_or_folder)
         return theirs.config.to_dict(), theirs.state_dict()
     with open(os.path.join(name_or_folder, "config.json")) as file:
@@ -313,7 +313,7 @@ def by_length(function, network, tokens, mask, *arguments):
     columns = torch.arange(2, tokens.size(1) + 1, device=mask.device)
     lengths = (mask * columns).amax(1).clamp(min=2)  # (B,), up to the last action that counts
     (rank, size), order, results = rank_and_size(), lengths.argsort(stable=True), []
-    # every process gets short and long rows; one for which none is left computes another's, times zero
+    # every process gets short and long rows; one for which none is left, another's, times zero
     mine, is_needed = order[rank % len(order) :: size], rank < len(order)
     for piece in microbatches(lengths[mine]):
         rows = mine[piece]
@@ -341,8 +341,7 @@ def token_logprobs(logits, tokens, temperature=1.0):
 
 
 def masked_logprobs(gpt, tokens, mask, temperature=1.0):
-    """token_logprobs(gpt(tokens), tokens, temperature) where mask is True, 0 elsewhere, nats.
-
+    """token_logprobs(gpt(tokens), tokens, temperature) where mask is True, 0 elsewhere, nats:
     tokens (B, T), mask (B, T-1) -> (B, T-1). Logits are made at the unmasked positions only: with a
     small model the vocabulary is most of the work."""
     hidden = gpt.hidden(tokens, where=F.pad(mask, (0, 1)))  # (N, C)
@@ -365,9 +364,9 @@ def masked_values(value_model, tokens, mask):
 class Cache:
     """Keys and values of every token so far, in one buffer for each layer (2, B, nh, S, hs).
 
-    Slots 0 to P-1 hold the prompts, right-padded, and the token of step s stands in slot P + s of every
-    row. `bias` is what a single query adds to its scores: -inf where a slot is padding or still empty.
-    `slot` is where the next tokens go, None while prompts are read.
+    Slots 0 to P-1 hold the prompts, right-padded; the token of step s stands in slot P + s of every
+    row. `bias` is what a single query adds to its scores: -inf where a slot is padding or empty. `slot`
+    is where the next tokens go, None while prompts are read.
     """
 
     def __init__(self, prompt_lengths, slots):
@@ -401,8 +400,7 @@ class Cache:
 
 
 def sample(logits, temperature, generator):
-    """One token for each row: logits (B, V) -> (B,). Argmax at temperature 0, else a draw by inverting
-    the cumulative distribution."""
+    """logits (B, V) -> tokens (B,), at temperature 0 the likeliest, else drawn by inverting the cdf."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1)  # (B, V)

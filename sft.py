@@ -190,9 +190,8 @@ def pretrain(config, datasets):
             batches.append([texts[i] for i in chosen])
     optimizers = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
     # the primer is the warm-up: at the full rate some seeds never learn to answer the calls
-    train(
-        run, gpt, tokenizer, optimizers, batches, dict(valid_loss=valid), config, warmup=primer_steps
-    )
+    held_out = dict(valid_loss=valid)
+    train(run, gpt, tokenizer, optimizers, batches, held_out, config, warmup=primer_steps)
 
 
 def fine_tune(name, config, base, tokenizer, datasets):
@@ -229,8 +228,8 @@ def fine_tune(name, config, base, tokenizer, datasets):
 
 
 def documents_of(config, datasets, tokenizer, gpt):
-    """-> the pretraining documents as pairs of ids, and batches of those held out: 16k tokens, the same
-    for every stage and the last table, so that the pretraining losses of all models compare."""
+    """-> the pretraining documents as pairs of ids, and batches of 16k tokens of those held out, the
+    same for every stage and the last table, so that the pretraining losses of all models compare."""
     length = min(config.document_length, gpt.config.block_size)
     encode = lambda part: data.encode_documents(tokenizer, datasets[part], length)
     documents, valid = encode("pretrain"), encode("pretrain_valid")
@@ -246,8 +245,7 @@ def documents_of(config, datasets, tokenizer, gpt):
 
 
 def adamw(network, lr, weight_decay=0.0, but=()):
-    """Adam with the paper's betas (0.9, 0.95); eps 1e-5 as in the original RLHF code. Decay of matrices
-    only. Without the parameters in `but`."""
+    """The paper's Adam, eps as in the original RLHF code; only matrices decay, `but` is left out."""
     left = [p for p in network.parameters() if not any(p is other for other in but)]
     groups = [
         dict(params=[p for p in left if p.dim() >= 2], weight_decay=weight_decay),
@@ -282,8 +280,7 @@ def optimizer_step(network, optimizers, factor, grad_clip):
 
 
 def cosine(step, steps, warmup=0, floor=0.1):
-    """Factor of the learning rate: linear from 0 to 1 in the warm-up (none in InstructGPT, App. C.1), then
-    a cosine to `floor`."""
+    """Factor of the learning rate: linear in the warm-up (App. C.1: none), a cosine to `floor`."""
     if step < warmup:
         return step / warmup
     gone = (step - warmup) / max(1, steps - warmup)  # a run may be all warm-up
@@ -381,8 +378,7 @@ def get_device(name):
 
 
 def autocast(device, dtype=""):
-    """bfloat16: activations in bf16, master weights in fp32 (paper: fp16). '' is that on a GPU that has
-    bf16, float32 elsewhere."""
+    """bfloat16 activations, fp32 weights (paper: fp16). '': bfloat16 on a GPU that has it."""
     if not dtype and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         dtype = "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
@@ -393,8 +389,7 @@ def autocast(device, dtype=""):
 
 
 def settings_of(config, ignore=()):
-    """What bears on a result: the flags, but for those whose names begin with a word of `ignore`, and
-    the text of the world."""
+    """What bears on a result: the flags, but what begins with a word of `ignore`, and the world."""
     ignore = ("out", "from_", "fresh", "device", "log_every", "save_seconds", *ignore)
     flags = {name: v for name, v in asdict(config).items() if not name.startswith(ignore)}
     return flags if config.data else dict(flags, world=data.world_checksum())
@@ -513,8 +508,8 @@ class Run:
 
 
 def write_file(path, write):
-    """write(path), by the first process, but under a temporary name that then is renamed: a reader, or a
-    kill, meets the old file or the new. Raises SystemExit if it cannot be written; the old one stays."""
+    """write(path), by the first process, under a temporary name that is then renamed: readers, or a
+    kill, meet the old file or the new. Raises SystemExit if it cannot be written; the old one stays."""
     if not is_first():
         return
     temporary = f"{path}.tmp"
