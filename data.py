@@ -40,6 +40,7 @@ import sys
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NewType
 
 import numpy as np
@@ -861,7 +862,7 @@ RULES = {  # key -> what its value must be, and how to tell; all other keys hold
 
 
 def check_row(row, *keys):
-    """-> row. Raises ValueError, saying why, unless it is an object that keeps the rule of each key."""
+    """Raises ValueError, saying why, unless row is an object that keeps the rule of each key."""
     if not isinstance(row, dict):
         raise ValueError(f"a row must be a JSON object, not {json.dumps(row)[:60]}")
     for key in keys:
@@ -871,7 +872,6 @@ def check_row(row, *keys):
             raise ValueError(f'"{key}" must be {must}: {seen}')
     if "ranks" in keys and len(row["ranks"]) != len(row["responses"]):
         raise ValueError(f"{len(row['responses'])} responses but {len(row['ranks'])} ranks")
-    return row
 
 
 def read_text(path):
@@ -884,6 +884,30 @@ def read_text(path):
         raise SystemExit(f"{path}:{line}: not UTF-8 text: convert the file to UTF-8")
     except (OSError, EOFError, zlib.error) as why:
         raise SystemExit(f"{path}: cannot be read ({why}): check the path and the file")
+
+
+def write_file(path, write):
+    """write(path), by the first process, under a temporary name that is then renamed: readers, or a
+    kill, meet the old file or the new. Raises SystemExit if it cannot be written; the old one stays."""
+    if not model.is_first():
+        return
+    temporary = f"{path}.tmp"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:
+        reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        message = f"cannot write {path} ({reason}): free some space or choose another --out"
+        raise SystemExit(message) from None
+
+
+def write_text(path, text):
+    """A UTF-8 file, packed if its name ends in .gz, as write_file() writes."""
+    raw = gzip.compress(text.encode()) if path.endswith(".gz") else text.encode()
+    write_file(path, lambda temporary: Path(temporary).write_bytes(raw))
 
 
 def read_rows(path):
@@ -1150,7 +1174,7 @@ def import_rows(format, paths):
 
 def import_files(format, paths, out):
     """Adds to the folder out what the sources give and it lacks, and prints what is new and what cannot
-    be used. All files are written before the first is given its name. Raises SystemExit."""
+    be used. Nothing is written unless all of it can be read. Raises SystemExit."""
     files, unused = import_rows(format, paths)
     texts, report = {}, []
     for name, rows in sorted(files.items()):
@@ -1162,15 +1186,8 @@ def import_files(format, paths, out):
             texts[path] = f"\n{EOT}\n".join(row["text"] for row in old + new) + "\n"
         else:
             texts[path] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in old + new)
-    try:
-        os.makedirs(out, exist_ok=True)
-        for path, text in texts.items():
-            with (gzip.open if path.endswith(".gz") else open)(path + ".tmp", "wb") as file:
-                file.write(text.encode())
-        for path in texts:
-            os.replace(path + ".tmp", path)
-    except OSError as why:
-        raise SystemExit(f"{out}: cannot be written ({why.strerror}): choose another --out")
+    for path, text in texts.items():
+        write_text(path, text)
     print("\n".join(report + unused + [f"{len(unused)} rows of the source were not used"]))
 
 

@@ -225,7 +225,7 @@ def _read(name_or_folder):
         content = bytearray(file.read())
     weights = {}
     for name, entry in header.items():
-        if name != "__metadata__" and entry["dtype"] in dtypes:  # GPT-2 stores causal masks too
+        if entry.get("dtype") in dtypes:  # neither __metadata__ nor the causal masks of GPT-2
             begin, end = entry["data_offsets"]
             weight = torch.frombuffer(content[begin:end], dtype=dtypes[entry["dtype"]])
             weights[name] = weight.view(entry["shape"])
@@ -299,6 +299,11 @@ def microbatches(lengths):
 def rank_and_size():
     """Which process this is, and of how many: 0 and 1, but under torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first():
+    """Is this the process that writes and prints? Under torchrun the others do not."""
+    return rank_and_size()[0] == 0
 
 
 def by_length(function, network, tokens, mask, *arguments):

@@ -31,7 +31,6 @@ import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,8 +39,8 @@ from tqdm import tqdm
 
 import data
 import model
-from data import Amount, Common, Count, Dtype, Folder, Rate, Seed, Share
-from model import GPT, GPTConfig, ScalarGPT
+from data import Amount, Common, Count, Dtype, Folder, Rate, Seed, Share, write_text
+from model import GPT, GPTConfig, ScalarGPT, is_first
 
 
 @dataclass
@@ -216,8 +215,8 @@ def fine_tune(name, config, base, tokenizer, datasets):
     for epoch in range(epochs):
         rng = np.random.default_rng([config.seed, 100 + epoch])
         order = rng.permutation(len(pairs))
-        for first in range(0, len(pairs), config.sft_batch):
-            batch = [pairs[i] for i in order[first : first + config.sft_batch]]
+        for chosen in data.cut(order, config.sft_batch):
+            batch = [pairs[i] for i in chosen]
             rows = math.ceil(len(batch) * share / (1 - share))
             batches.append(batch + data.draw(documents, rows, rng))
     run.state.setdefault("epochs", {})
@@ -507,33 +506,8 @@ class Run:
         print(f"wrote {self.path}: {self.steps} steps, {spent}", flush=True)
 
 
-def write_file(path, write):
-    """write(path), by the first process, under a temporary name that is then renamed: readers, or a
-    kill, meet the old file or the new. Raises SystemExit if it cannot be written; the old one stays."""
-    if not is_first():
-        return
-    temporary = f"{path}.tmp"
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as problem:
-        reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
-        Path(temporary).unlink(missing_ok=True)
-        message = f"cannot write {path} ({reason}): free some space or choose another --out"
-        raise SystemExit(message) from None
-
-
-def write_text(path, text):
-    write_file(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
-
-
 def save_checkpoint(path, **checkpoint):
-    write_file(path, lambda temporary: torch.save(checkpoint, temporary))
-
-
-def is_first():
-    """Is this the process that writes and prints? Under torchrun the others do not."""
-    return model.rank_and_size()[0] == 0
+    data.write_file(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
 def where(config, name):
