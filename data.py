@@ -93,6 +93,12 @@ COMMON_SCALES = dict(
 # the three datasets
 
 
+def check(condition, message):
+    """Raises SystemExit unless condition: bad input ends in one line on stderr and exit status 1."""
+    if not condition:
+        raise SystemExit(message)
+
+
 @functools.cache
 def load(folder, scale, seed):
     """The datasets of a run, from the world ('') or from a folder of files -> dict of lists:
@@ -107,8 +113,7 @@ def load(folder, scale, seed):
     Made once in a process; do not write into it. Raises SystemExit if a folder cannot be used.
     """
     if not folder:
-        if scale not in WORLD_SIZES:
-            raise SystemExit(f"--scale={scale} is for real text: pass a folder, --data=DIR")
+        check(scale in WORLD_SIZES, f"--scale={scale} is for real text: pass a folder, --data=DIR")
         return world_data(World(), scale, seed)
     rows = read_folder(folder)
     documents = random.Random(f"documents {seed}").sample(rows["pretrain"], len(rows["pretrain"]))
@@ -126,9 +131,10 @@ def cut(row, size):
     return [row[i : i + size] for i in range(0, len(row), size)]
 
 
+@functools.cache  # once in a process, not once a stage
 def encode_documents(tokenizer, texts, length):
-    """Documents, each ended by eot and cut into pieces of at most `length` ids -> pairs (first id, the
-    others), like demonstrations: every token counts that can be predicted.
+    """Documents (a tuple), each ended by eot and cut into pieces of at most `length` ids -> pairs (first
+    id, the others), like demonstrations: every token counts that can be predicted.
 
     A row is one document (or a piece of a long one), not a window over several as in nanoGPT: a word is
     then looked up in the one text that is there, and copying from a prompt is learnt in 1/5 of the steps.
@@ -167,8 +173,7 @@ def fitting(rows, length, limit, name):
     kept = [row for row in rows if length(row) <= limit]
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} {name}: longer than {limit} tokens")
-    if not kept:
-        raise SystemExit(f"all {len(rows)} {name} exceed {limit} tokens: raise --block_size or cut them")
+    check(kept, f"all {len(rows)} {name} exceed {limit} tokens: raise --block_size or cut them")
     return kept
 
 
@@ -702,10 +707,9 @@ def user_prompts(world, count, split, rng):
     users = count // 6 + 10  # Table 8: 6 prompts a customer
     tasks, seen, per_user, rejected = [], set(), Counter(), 0
     while len(tasks) < count:
-        if rejected == 10_000:  # one after the other
-            few = f"found only {len(tasks)} of {count} different prompts"
-            raise SystemExit(f"{few}: the world is too small: add to assets/world or take a smaller --scale")
-        rejected += 1
+        few = f"found only {len(tasks)} of {count} different prompts: the world is too small"
+        check(rejected < 10_000, f"{few}: add to assets/world or take a smaller --scale")
+        rejected += 1  # one after the other
         user = f"{split}-{int(users * rng.random() ** 2)}"  # a few customers send many prompts
         task = world.user_task(split, rng, user)
         if rng.random() < 0.01:
@@ -787,6 +791,10 @@ class Tokenizer:
             raise SystemExit(f"a vocabulary of {vocab_size} is too small: bytes and eot need 257")
         counts = Counter(word for text in texts for word in re.findall(WORD, add_spaces(text)))
         return cls("bpe", train_bpe(counts, vocab_size - 1))
+
+    # stages that load one encoding share what was encoded
+    __eq__ = lambda self, other: self.state() == other.state()
+    __hash__ = lambda self: hash(self.name)
 
     def state(self):
         """What a checkpoint holds of a tokenizer: Tokenizer(**state) is the same."""
@@ -950,9 +958,9 @@ def read_dataset(folder, name):
     path += ".gz" if os.path.exists(path + ".gz") else ""
     if not os.path.exists(path):
         return path, []
-    if rows := read_jsonl(path, *DATASETS.get(name, ())):
-        return path, rows
-    raise SystemExit(f"{path} is empty: put at least one row into it, or remove the file")
+    rows = read_jsonl(path, *DATASETS.get(name, ()))
+    check(rows, f"{path} is empty: put at least one row into it, or remove the file")
+    return path, rows
 
 
 def join(prompt, response):
@@ -977,10 +985,9 @@ def read_folder(folder):
     rows checked and the join rule applied. What is missing is made from the rest. Raises SystemExit."""
     texts, demonstrations, comparisons, prompts = (read_dataset(folder, name)[1] for name in DATASETS)
     pretrain = [row["text"] for row in texts]
-    if not comparisons:
-        raise SystemExit(f"{folder} has no comparisons.jsonl, which cannot be made from the other files")
-    if all(len(set(row["ranks"])) == 1 for row in comparisons):
-        raise SystemExit(f"{folder}: all comparisons are tied: give some responses different ranks")
+    check(comparisons, f"{folder} has no comparisons.jsonl, which the other files cannot replace")
+    ranked = any(len(set(row["ranks"])) > 1 for row in comparisons)
+    check(ranked, f"{folder}: all comparisons are tied: give some responses different ranks")
     for row in demonstrations:
         row["response"] = join(row["prompt"], row["response"])
     for row in comparisons:

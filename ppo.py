@@ -323,7 +323,7 @@ def load_networks(config, datasets, device):
     made_by, path = 'run "python sft.py" first, or pass --ppo_init=PATH', sft.where(config, "ppo_init")
     policy, tokenizer, _ = sft.load_policy(path, made_by, device)
     ref, of_ref, _ = sft.load_policy(config.ref or path, "correct --ref", device)
-    check(of_ref.state() == tokenizer.state(), f"{config.ref} has another encoding than the policy")
+    check(of_ref == tokenizer, f"{config.ref} has another encoding than the policy")
     limit = policy.config.block_size - config.max_new_tokens  # prompts that leave room for a response
     rows = data.encode_prompts(tokenizer, datasets["prompts"], limit)
     judge, reward_model = reward.load_judge(config, tokenizer, rows, device)

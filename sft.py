@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import data
 import model
-from data import Amount, Common, Count, Dtype, Folder, Rate, Seed, Share, write_text
+from data import Amount, Common, Count, Dtype, Folder, Rate, Seed, Share, check, write_text
 from model import GPT, GPTConfig, ScalarGPT, is_first
 
 
@@ -106,9 +106,8 @@ def valid_loss(gpt, batches):
 def train(run, gpt, tokenizer, optimizers, batches, valid, config, keep={}, warmup=0):
     """The loop of every stage, in its simplest form: one step is batch, loss, backward, update, log.
 
-    optimizers: by name. batches: for each step its rows, pairs of (prompt ids, response ids); a
-    pretraining document is a pair whose prompt is its first token. valid: {name: list of (tokens,
-    mask)}, whose losses are logged. keep: {step: epoch}, the steps whose weights are kept.
+    optimizers: by name. batches: for each step its rows, pairs of (prompt ids, response ids). valid:
+    {name: list of (tokens, mask)}, losses to log. keep: {step: epoch}, the weights that are kept.
     """
     run.begin(len(batches), tokenizer, weights=gpt, **optimizers)
     losses = lambda: {name: valid_loss(gpt, held_out) for name, held_out in valid.items()}
@@ -179,7 +178,7 @@ def pretrain(config, datasets):
     sizes = config.block_size, config.n_layer, config.n_head, config.n_embd
     gpt = GPT(GPTConfig(vocab_size, *sizes, lookup=config.lookup)).to(run.device)
     documents, valid = documents_of(config, datasets, tokenizer, gpt)
-    primer = data.encode_documents(tokenizer, datasets["primer"], config.document_length)
+    primer = data.encode_documents(tokenizer, tuple(datasets["primer"]), config.document_length)
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0
     batches = []
     for texts, steps in ((primer, primer_steps), (documents, config.base_steps - primer_steps)):
@@ -230,7 +229,7 @@ def documents_of(config, datasets, tokenizer, gpt):
     """-> the pretraining documents as pairs of ids, and batches of 16k tokens of those held out, the
     same for every stage and the last table, so that the pretraining losses of all models compare."""
     length = min(config.document_length, gpt.config.block_size)
-    encode = lambda part: data.encode_documents(tokenizer, datasets[part], length)
+    encode = lambda part: data.encode_documents(tokenizer, tuple(datasets[part]), length)
     documents, valid = encode("pretrain"), encode("pretrain_valid")
     totals = np.cumsum([1 + len(rest) for _, rest in valid])
     valid = valid[: max(1, int((totals <= 16_384).sum()))]
@@ -302,12 +301,6 @@ KINDS = {  # type of a flag -> what reads its text, its range, both in words
     Folder: (str, lambda v: not v or os.path.isdir(v), "a folder that is there"),
     Dtype: (str, lambda v: v in ("", "float32", "bfloat16"), "float32 or bfloat16"),
 }
-
-
-def check(condition, message):
-    """Raises SystemExit unless condition: bad input ends in one line on stderr and exit status 1."""
-    if not condition:
-        raise SystemExit(message)
 
 
 def parse(Config, scales, argv):
@@ -572,7 +565,7 @@ def peak_memory_gb():
 def start(main, Config, scales):
     """What stands under `if __name__ == "__main__"` of every stage: errors of the user in one line. As one
     of the processes of torchrun it joins the others first, and leaves talking to the first."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if dist.is_torchelastic_launched():
         dist.init_process_group()
     first = is_first()
     if not first:

@@ -287,9 +287,11 @@ def test_responses_come_back_in_the_order_of_their_prompts():
 def test_documents_are_cut_into_pieces_and_lose_no_token():
     tokenizer = data.Tokenizer.train(["a b c d e f g"] * 3, 300)
     first, second = (tokenizer.encode(text) + [tokenizer.eot] for text in ("a b c d e f g", "a b"))
-    pieces = data.encode_documents(tokenizer, ["a b c d e f g", "a b"], 4)
+    pieces = data.encode_documents(tokenizer, ("a b c d e f g", "a b"), 4)
     assert [start + rest for start, rest in pieces] == [first[:4], first[4:], second]
     assert all(len(start) == 1 for start, _ in pieces)  # all that can be predicted counts
+    again = data.Tokenizer(**tokenizer.state())  # as a later stage of this process loads it
+    assert data.encode_documents(again, ("a b c d e f g", "a b"), 4) is pieces
 
 
 def test_bucketed_batches_use_every_row_once_an_epoch():
