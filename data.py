@@ -1157,14 +1157,12 @@ def import_rows(format, paths):
                 items = list(importer(row))
                 for name, item in items:
                     check_row(item, *DATASETS.get(name, ()))
-            except (ValueError, AttributeError, KeyError, TypeError) as why:
-                unused.append(f"{path}:{place}: unusable row ({why})")
-            else:
                 for name, item in items:
                     files[name].append(item)
-    if not files:
-        first = (unused + [f"{paths[0]}:1: the file is empty"])[0]
-        raise SystemExit(f"{first}: no row can be used, is the file {format}?")
+            except (ValueError, AttributeError, KeyError, TypeError) as why:
+                unused.append(f"{path}:{place}: unusable row ({why})")
+    first = (unused + [f"{paths[0]}:1: the file is empty"])[0]
+    check(files, f"{first}: no row can be used, is the file {format}?")
     windows = files.pop("windows", [])
     random.Random(0).shuffle(windows)
     for group in cut(windows, 6):

@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -181,14 +181,14 @@ def pretrain(config, datasets):
     primer = data.encode_documents(tokenizer, tuple(datasets["primer"]), config.document_length)
     primer_steps = int(config.primer_share * config.base_steps) if primer else 0
     batches = []
-    for texts, steps in ((primer, primer_steps), (documents, config.base_steps - primer_steps)):
-        lengths = [1 + len(rest) for _, rest in texts]
-        rows = max(1, config.base_tokens * len(texts) // max(1, sum(lengths)))  # a step
+    for part, steps in ((primer, primer_steps), (documents, config.base_steps - primer_steps)):
+        lengths = [1 + len(rest) for _, rest in part]
+        rows = max(1, config.base_tokens * len(part) // max(1, sum(lengths)))  # a step
         for chosen in data.bucketed(lengths, rows, config.seed, steps):
-            batches.append([texts[i] for i in chosen])
+            batches.append([part[i] for i in chosen])
     optimizers = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
-    # the primer is the warm-up: at the full rate some seeds never learn to answer the calls
     held_out = dict(valid_loss=valid)
+    # the primer is the warm-up: at the full rate some seeds never learn to answer the calls
     train(run, gpt, tokenizer, optimizers, batches, held_out, config, warmup=primer_steps)
 
 
@@ -203,8 +203,7 @@ def fine_tune(name, config, base, tokenizer, datasets):
     run = Run(name, "policy", config, ignore=others)
     if run.finished:
         return
-    torch.manual_seed(config.seed)
-    gpt = GPT(GPTConfig(**{**asdict(base.config), "dropout": config.sft_dropout}))
+    gpt = GPT(replace(base.config, dropout=config.sft_dropout))
     gpt.load_state_dict(base.state_dict())
     gpt.to(run.device)
     documents, valid_documents = documents_of(config, datasets, tokenizer, gpt)
