@@ -136,7 +136,7 @@ def train(run, gpt, tokenizer, optimizers, batches, valid, config, keep={}, warm
     run.finish()
 
 
-def main(config, stages=("sft", "ppo_init")):
+def main(config):
     """Make base.pt, sft.pt and ppo_init.pt in config.out, or go on with those that are not finished."""
     check_config(config)
     check(config.pretrain_share < 1, f"--pretrain_share={config.pretrain_share}: expected less than 1")
@@ -157,7 +157,7 @@ def main(config, stages=("sft", "ppo_init")):
         print(f"--encoding={config.encoding} is not used: {config.base} has {tokenizer.name}")
 
     # 2. the baseline, and 3. the start of PPO: two models, two recipes (App. C.1 and C.3)
-    for name in stages:
+    for name in ("sft", "ppo_init"):
         fine_tune(name, config, base, tokenizer, datasets)
 
 
@@ -261,19 +261,18 @@ def muon_and_adamw(gpt, muon_lr, lr, weight_decay):
 
 
 def optimizer_step(network, optimizers, factor, grad_clip):
-    """Add up the gradients of all processes, clip them, step with `factor` times the peak of the learning
-    rate, clear them -> their norm before clipping."""
+    """Add up the gradients of all processes, clip them, step with `factor` times the peak of the
+    learning rate, clear them."""
     if dist.is_initialized():  # in one message: each has those of its own rows (model.by_length)
         grads = [p.grad for p in network.parameters()]
         dist.all_reduce(flat := torch.nn.utils.parameters_to_vector(grads))
         torch.nn.utils.vector_to_parameters(flat, grads)
-    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+    torch.nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = factor * group.setdefault("peak", group["lr"])
         optimizer.step()
         optimizer.zero_grad()
-    return norm
 
 
 def cosine(step, steps, warmup=0, floor=0.1):

@@ -100,7 +100,7 @@ def test_rows_are_cut_to_the_context_of_a_given_base(chain, tmp_path, capsys):
 
 
 def test_the_baseline_keeps_the_weights_of_several_epochs(chain, tmp_path):
-    sft.main(config_of(chain, tmp_path, sft_epochs=5), stages=("sft",))
+    sft.main(config_of(chain, tmp_path, sft_epochs=5))
     load = lambda epoch: sft.load_policy(f"{tmp_path}/sft.pt", "", CPU, epoch)[0].state_dict()
     assert list(torch.load(tmp_path / "sft.pt")["epochs"]) == [1, 2, 4, 5]
     assert same(load(None), load(5)) and not same(load(4), load(5))
@@ -176,7 +176,7 @@ def test_optimizer_step_clips_one_norm_scales_each_peak_and_clears():
     for factor, moves in ((0.5, (0.3, 4.0)), (0.1, (0.06, 0.8))):
         before = layer.weight.item(), layer.bias.item()
         layer.weight.grad, layer.bias.grad = torch.tensor([[3.0]]), torch.tensor([4.0])
-        assert sft.optimizer_step(layer, optimizers, factor, 1.0).item() == pytest.approx(5.0)
+        sft.optimizer_step(layer, optimizers, factor, 1.0)
         found = before[0] - layer.weight.item(), before[1] - layer.bias.item()
         assert found == pytest.approx(moves, abs=1e-5)
         assert layer.weight.grad is None and layer.bias.grad is None
