@@ -279,8 +279,7 @@ def world_checksum():
 
 
 def read_blocks(name):
-    """The blocks of tasks.txt, or of a file like it -> list of dicts; tasks.txt and benchmarks.txt say
-    what their lines mean. Raises ValueError for a block that lacks a line it needs."""
+    """The blocks of a file like tasks.txt -> dicts. Raises ValueError for one that lacks a line."""
     parts = {">": "prompts", "<": "replies", "?": "demands", "!": "wrong", "flan>": "flan", "t0>": "t0"}
     needed, blocks = ">" if name == "benchmarks.txt" else "><?", []  # a probe has no answer
     for line in content(name):
@@ -320,8 +319,7 @@ def split_of(task):
 
 
 class World:
-    """The content of assets/world, ready to expand by a caller's `random.Random`. Raises ValueError for a
-    malformed line, and for a pattern or a demand that is not known."""
+    """The content of assets/world. Raises ValueError for a line that is malformed or not known."""
 
     def __init__(self):
         parted = lambda name, sign: [line.split(sign, 1) for line in content(name)]

@@ -233,12 +233,11 @@ def _read(name_or_folder):
 
 
 class ScalarGPT(nn.Module):
-    """A GPT with the unembedding replaced by one scalar per position (InstructGPT, sec. 3.5). The body
-    is shared with the gpt that is given; from_gpt() copies it first."""
+    """A GPT with a scalar per position in place of the unembedding (InstructGPT, sec. 3.5)."""
 
     def __init__(self, gpt):
         super().__init__()
-        self.body, self.config = gpt, gpt.config
+        self.body, self.config = gpt, gpt.config  # the body is shared, from_gpt() copies it first
         self.head = nn.Linear(gpt.config.n_embd, 1)
         # std 1/sqrt(C+1): after the last LayerNorm first scores are of order 1 (lm-human-preferences)
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(gpt.config.n_embd + 1))

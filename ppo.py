@@ -46,9 +46,7 @@ class Config(Common):
     sft: str = ""  # the baseline, for the last table; '' is sft.pt
     ppo_init: str = ""  # start of the policy; '' is ppo_init.pt
     ref: str = ""  # reference of the KL; '' is the PPO initialisation, as the paper
-    # '' is reward.pt; a path of another; gold: the world's gold preference; FILE.py: its function
-    # reward(prompts, responses), lists of texts, -> a number for each
-    reward: str = ""
+    reward: str = ""  # '' is reward.pt; or the path of another, gold, FILE.py (see above)
 
     # rollouts
     episodes: Count = 24_576  # responses in all (paper: 256k)
@@ -56,10 +54,8 @@ class Config(Common):
     temperature: Rate = 1.0  # as the paper
 
     # reward
-    # KL coefficient, score units per nat of kl; eq. 2 (paper: 0.02, on the scale of its reward model)
-    beta: Amount = 0.2
-    # subtracted from the score of a response that did not end (lm-human-preferences set it to -1)
-    eot_penalty: float = 1.0
+    beta: Amount = 0.2  # KL coefficient, score units per nat; eq. 2 (paper: 0.02 of its scores)
+    eot_penalty: float = 1.0  # off the score without an eot (lm-human-preferences: the score is -1)
 
     # ppo
     minibatch_size: Count = 32  # responses per optimizer step: 8 minibatches to a rollout (paper: 64)
@@ -68,8 +64,7 @@ class Config(Common):
     lam: Share = 0.95  # GAE lambda; not in the paper, 0.95 in its predecessors and successors
     cliprange: Rate = 0.2  # as the paper
     cliprange_value: Rate = 0.2  # not in the paper
-    # weight of the pretraining loss, mean per token: the paper's gamma in eq. 2, 27.8; 0 is plain PPO
-    ptx_coef: Amount = 0.1
+    ptx_coef: Amount = 0.1  # of the mean pretraining loss; the paper's gamma, 27.8; 0 is plain PPO
     ptx_ratio: Count = 1  # pretraining documents per response (paper: 8, which doubles the time)
 
     # optimisation

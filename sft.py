@@ -509,8 +509,7 @@ def where(config, name):
 
 
 def load_checkpoint(path, kind, made_by):
-    """Read the dict that save_checkpoint wrote. Raises SystemExit if the file is missing, damaged, not
-    ours, or holds another kind; made_by says what to do."""
+    """-> what save_checkpoint wrote. Raises SystemExit, saying made_by, unless it is of this kind."""
     check(os.path.exists(path), f"{path} not found: {made_by}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
