@@ -59,6 +59,7 @@ L are worked examples, each with its arithmetic beside it:
     L30  log-probabilities at temperatures 1 and 0.7
 """
 
+import io
 import json
 import os
 import random
@@ -69,13 +70,15 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, ROOT)
 
 import data
 import model
 import sft
 
 torch.set_num_threads(1)
+CPU = torch.device("cpu")
 
 
 def close(found, expected, atol=1e-10):
@@ -92,6 +95,19 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
+def rows_of(path):
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def fails(call, *arguments):
+    """-> the one line of the SystemExit that the call must raise: exit status 1, and that line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert isinstance(stop.value.code, str) and stop.value.code and "\n" not in stop.value.code
+    return stop.value.code
+
+
 class Trap:
     """Unpickled, it would make a folder."""
 
@@ -100,6 +116,12 @@ class Trap:
 
     def __reduce__(self):
         return os.mkdir, (self.folder,)
+
+
+def pickled(content):
+    """-> the bytes of the file that torch would write."""
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
 
 
 def tiny_gpt(seed=0, vocab_size=11, block_size=24, n_layer=2, n_head=2, n_embd=16, std=0.4, **more):
@@ -126,6 +148,11 @@ def save_tiny(path, kind, network, tokenizer, **more):
         "kind": kind, "config": asdict(network.config), "weights": network.state_dict(), "epochs": {},
         "tokenizer": tokenizer.state(), "step": 1, "finished": True, "settings": {}, "code": 0, **more,
     })
+
+
+@pytest.fixture(scope="session")
+def world():
+    return data.World()
 
 
 @pytest.fixture(scope="session")
