@@ -4,7 +4,6 @@ then the loop."""
 import copy
 import functools
 import inspect
-import json
 import math
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ import model
 import ppo
 import reward
 import sft
-from conftest import close, same, save_tiny, tiny_gpt, tiny_scalar
+from conftest import close, rows_of, same, save_tiny, tiny_gpt, tiny_scalar
 
 
 def f64(*rows):
@@ -60,24 +59,16 @@ def test_kl_shaped_rewards_by_hand():
     close(ppo.kl_shaped_rewards(f64(1.5), LOGPROBS, REF_LOGPROBS, ones(LOGPROBS), 0.02), REWARDS, 1e-9)
 
 
-def test_rewards_sum_to_score_minus_beta_kl():
-    """J15. The response ends at different columns; what the padded columns hold must not count."""
+def test_the_score_stands_on_the_last_action_alone_and_rewards_sum_to_score_minus_beta_kl():
+    """J15. The responses end at different columns; what the padded columns hold must not count."""
     logprobs, ref_logprobs, mask = ragged()
-    scores, beta = f64(1.5, -2.0, 0.3, 0.0, 4.0, 1.0), 0.1
-    junk = 7.0 * ~mask
-    rewards = ppo.kl_shaped_rewards(scores, logprobs + junk, ref_logprobs, mask, beta)
-    close(rewards.sum(1), scores - beta * ((logprobs - ref_logprobs) * mask).sum(1), 1e-12)
+    scores, beta, kl = f64(1.5, -2.0, 0.3, 0.0, 4.0, 1.0), 0.1, (logprobs - ref_logprobs) * mask
+    rewards = ppo.kl_shaped_rewards(scores, logprobs + 7.0 * ~mask, ref_logprobs, mask, beta)
+    expected = -beta * kl
+    expected[range(6), [11, 8, 5, 11, 0, 11]] += scores
+    close(rewards, expected, 1e-12)
+    close(rewards.sum(1), scores - beta * kl.sum(1), 1e-12)
     assert (rewards[~mask] == 0).all()
-
-
-def test_score_stands_on_the_last_action_alone():
-    """J15: with policy == ref there is nothing but the score, at one column: the last unmasked one."""
-    logprobs, _, mask = ragged()
-    rewards = ppo.kl_shaped_rewards(torch.full((6,), 5.0).double(), logprobs, logprobs, mask, 0.1)
-    last_columns = [11, 8, 5, 11, 0, 11]
-    expected = torch.zeros_like(rewards)
-    expected[range(6), last_columns] = 5.0
-    close(rewards, expected, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,9 +91,9 @@ def test_gae_by_hand(lam, expected):
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 0.0), (0.5, 1.0)])
 def test_gae_as_the_sum_of_its_definition(gamma, lam):
-    """GAE eq. 16: A_t = sum over l of (gamma * lam)^l * delta_{t+l}, in O(T^2), on the response alone."""
+    """GAE eq. 16: A_t = sum over l of (gamma * lam)^l * delta_{t+l}, in O(T^2), on the response alone. J16:
+    whatever stands in the masked columns, and however many there are."""
     rewards, values, mask = ragged()
-    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
     expected = torch.zeros_like(rewards)
     for b in range(len(rewards)):
         columns = mask[b].nonzero().flatten().tolist()
@@ -112,47 +103,34 @@ def test_gae_as_the_sum_of_its_definition(gamma, lam):
             for l in range(len(r) - t):
                 delta = r[t + l] + gamma * v[t + l + 1] - v[t + l]
                 expected[b, columns[t]] += (gamma * lam) ** l * delta
-    close(advantages, expected, 1e-12)
-    close(returns, (expected + values) * mask, 1e-12)
-
-
-@pytest.mark.parametrize("filler", [0.0, 1e3, -5.0])
-def test_prompt_and_padding_columns_leak_nothing_into_gae(filler):
-    """J16: whatever stands in the masked columns of rewards and values, and however many there are."""
-    rewards, values, mask = ragged()
-    clean = torch.stack(ppo.gae(rewards, values, mask))
-    wider = [torch.nn.functional.pad(x, (0, 12)) for x in (rewards, values, mask)]
-    dirty = torch.stack(ppo.gae(wider[0] + filler * ~wider[2], wider[1] + filler * ~wider[2], wider[2]))
-    close(dirty[:, :, :12], clean, 1e-12)
-    assert (dirty[:, :, 12:] == 0).all()
+    wide, rewards, values = (torch.nn.functional.pad(x, (0, 12)) for x in (mask, rewards, values))
+    for filler in (0.0, 1e3, -5.0):
+        found = ppo.gae(rewards + filler * ~wide, values + filler * ~wide, wide, gamma, lam)
+        for x, y in zip(found, (expected, expected + values[:, :12] * mask)):
+            close(x[:, :12], y, 1e-12)
+            assert (x[:, 12:] == 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # whitening
 
 
-def test_whiten_by_hand():
-    """L13, J18: population variance. The unbiased one would give 0.948387 first."""
-    advantages, _ = ppo.gae(REWARDS, VALUES, ones(VALUES))
-    close(ppo.whiten(advantages, ones(advantages)), [[1.095103, 0.705357, -0.316111, -1.484350]], 1e-6)
-
-
-def test_whiten_without_shift_keeps_the_mean():
-    """L14, J17: mean 1.6, population std 0.258199; 1.6 + (1.2 - 1.6) / 0.258199 = 0.050807."""
-    x = f64([1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0])
-    whitened = ppo.whiten(x, ones(x), shift_mean=False)
-    expected = [0.050807, 0.438105, 0.825403, 1.212702, 1.6, 1.987298, 2.374597, 2.761895, 3.149193]
-    close(whitened.flatten(), expected, 1e-6)
-
-
-def test_whiten_does_not_count_padding():
-    """L15: 1, 2, 3, 4 have mean 2.5 and variance 1.25.
-    With the two pads as zeros the first would be -0.447214. Equal numbers are 0, and not nan."""
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    for pads in (0.0, 99.0):
-        x = f64([1, 2, 3], [4, pads, pads])
-        close(ppo.whiten(x, mask), [[-1.341641, -0.447214, 0.447214], [1.341641, 0, 0]], 1e-6)
-        close(ppo.whiten(f64([3, 3, 3], [3, pads, pads]), mask), torch.zeros(2, 3), 0)
+@pytest.mark.parametrize("rows, shift_mean, expected", [
+    # L13, J18: the advantages of L10, population variance. The unbiased one would give 0.948387 first
+    ([[0.90669775, 0.844945, 0.6831, 0.498]], True, [[1.095103, 0.705357, -0.316111, -1.484350]]),
+    # L14, J17: mean 1.6, population std 0.258199; 1.6 + (1.2 - 1.6) / 0.258199 = 0.050807
+    ([[1.2, 1.3, 1.4], [1.5, 1.6, 1.7], [1.8, 1.9, 2.0]], False,
+     [[0.050807, 0.438105, 0.825403], [1.212702, 1.6, 1.987298], [2.374597, 2.761895, 3.149193]]),
+    # L15: 1, 2, 3, 4 have mean 2.5 and variance 1.25. With the two pads as zeros the first would be -0.447214
+    ([[1, 2, 3], [4]], True, [[-1.341641, -0.447214, 0.447214], [1.341641, 0, 0]]),
+    ([[3, 3, 3], [3]], True, [[0, 0, 0], [0, 0, 0]]),  # and not nan
+])
+def test_whiten_by_hand(rows, shift_mean, expected):
+    for pad in (0.0, 99.0):
+        pads = [[pad] * (len(rows[0]) - len(row)) for row in rows]
+        x = f64(*(row + more for row, more in zip(rows, pads)))
+        mask = torch.tensor([[True] * len(row) + [False] * len(more) for row, more in zip(rows, pads)])
+        close(ppo.whiten(x, mask, shift_mean), expected, 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -176,11 +154,6 @@ def test_policy_loss_by_hand(advantage, ratio, loss, slope):
     assert new_logprobs.grad.item() == pytest.approx(slope * ratio, abs=1e-9)
 
 
-def four_tokens():
-    """The first four cases of L16 in one row -> new_logprobs, logprobs, advantages."""
-    return f64([1.3, 0.7, 1.3, 0.7]).log(), f64([0.0] * 4), f64([1.0, 1.0, -1.0, -1.0])
-
-
 @pytest.mark.parametrize("masked, expected, share", [
     ([], 0.05, 0.5),  # (-1.2 - 0.7 + 1.3 + 0.8) / 4; the first and the last are clipped
     # (-1.2 - 0.7 + 1.3) / 3; the third is outside the range too, but on the side that is not clipped
@@ -188,9 +161,9 @@ def four_tokens():
     ([1], 0.3, 2 / 3),  # (-1.2 + 1.3 + 0.8) / 3
 ])
 def test_policy_loss_and_clipfrac_are_means_over_unmasked_tokens(masked, expected, share):
-    """And only the unmasked, unclipped ones have a gradient."""
-    new_logprobs, logprobs, advantages = four_tokens()
-    mask = ones(logprobs)
+    """The first four cases of L16 in one row. Only the unmasked, unclipped ones have a gradient."""
+    new_logprobs, logprobs = f64([1.3, 0.7, 1.3, 0.7]).log(), f64([0.0] * 4)
+    advantages, mask = f64([1.0, 1.0, -1.0, -1.0]), ones(logprobs)
     mask[:, masked] = False
     loss, clipfrac = ppo.policy_loss(new_logprobs.requires_grad_(), logprobs, advantages, mask, 0.2)
     loss.backward()
@@ -325,11 +298,6 @@ def several_forwards(monkeypatch):
     monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 30)
 
 
-def response_columns(batch, b):
-    """The columns of row b that are actions: the token at index i is the action of column i - 1."""
-    return range(int(batch["prompt_lengths"][b]) - 1, int(batch["lengths"][b]) - 1)
-
-
 def gradient(loss, network):
     """d loss / d parameters, by name; zero where loss does not depend on one."""
     names, parameters = zip(*network.named_parameters())
@@ -337,33 +305,28 @@ def gradient(loss, network):
     return {name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, parameters, found)}
 
 
-def test_rollout_mask_holds_the_response_with_its_eot():
-    """J5: the stop token is an action."""
-    batch = roll()
-    for b in range(len(PROMPTS)):
-        assert batch["mask"][b].nonzero().flatten().tolist() == list(response_columns(batch, b))
-        actions = batch["tokens"][b, 1:][batch["mask"][b]].tolist()
-        assert (actions[-1] == EOT) == bool(batch["ended"][b]) and EOT not in actions[:-1]
-
-
-def test_rollout_scores_the_last_token_of_each_response():
-    """J4, J13: the score of prompt and response up to eot, as if the row were alone."""
-    reward_model = tiny_scalar(3)
-    batch = roll(judge=reward.model_judge(reward_model))
-    for b, (row, length) in enumerate(zip(batch["tokens"], batch["lengths"])):
-        close(batch["scores"][b], reward_model(row[None, :length])[0, -1].detach(), 1e-5)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_are_those_of_the_distribution_that_was_sampled(temperature):
-    """J9, J12: policy and reference, both at the sampling temperature, from a full forward."""
-    policy, ref = tiny_gpt(1), tiny_gpt(2)
-    batch = roll(policy, ref, temperature=temperature)
-    for network, name in ((policy, "logprobs"), (ref, "ref_logprobs")):
-        for b in range(len(PROMPTS)):
-            log_pi = (network(batch["tokens"][b : b + 1]).detach()[0] / temperature).log_softmax(-1)
-            for t in response_columns(batch, b):
-                close(batch[name][b, t], log_pi[t, batch["tokens"][b, t + 1]], 1e-4)
+def test_rollout_and_values_by_full_forwards_of_each_row_alone(temperature):
+    """J5: the mask holds the response with its eot. J4, J13: the score is read at the last token of prompt and
+    response. J9, J12: log-probabilities of policy and reference are those of the distribution that was
+    sampled. values[:, t] has read tokens[:, :t + 1] and not the action tokens[:, t + 1]. J26: all of it is
+    constant for the update."""
+    policy, ref, reward_model, value_model = tiny_gpt(1), tiny_gpt(2), tiny_scalar(3), tiny_scalar(4)
+    judge = reward.model_judge(reward_model)
+    batch = earn(roll(policy, ref, judge, temperature=temperature), value_model)
+    assert (batch["values"][~batch["mask"]] == 0).all()
+    for b, prompt in enumerate(PROMPTS):
+        row = batch["tokens"][b : b + 1, : batch["lengths"][b]]
+        columns, actions = list(range(len(prompt) - 1, row.size(1) - 1)), row[0, len(prompt) :].tolist()
+        assert batch["mask"][b].nonzero().flatten().tolist() == columns
+        assert (actions[-1] == EOT) == bool(batch["ended"][b]) and EOT not in actions[:-1]
+        close(batch["scores"][b], reward_model(row)[0, -1], 1e-5)
+        for network, name in ((policy, "logprobs"), (ref, "ref_logprobs")):
+            log_pi = (network(row)[0] / temperature).log_softmax(-1)
+            close(batch[name][b, columns], log_pi[columns, actions], 1e-4)
+        for t in columns:
+            close(batch["values"][b, t], value_model(row[:, : t + 1])[0, -1], 1e-5)
+    assert not any(x.requires_grad for x in batch.values())
 
 
 def test_responses_are_sampled_at_the_temperature_of_the_config():
@@ -396,21 +359,6 @@ def test_what_stands_behind_eot_does_not_matter(monkeypatch):
     assert (dirty["tokens"] == 7).sum() > (clean["tokens"] == 7).sum()
     for name in clean.keys() - {"tokens"}:
         close(dirty[name].double(), clean[name].double(), 1e-5)
-
-
-def test_a_rollout_and_its_credit_need_no_gradient():
-    """J26: what the update is measured against is a constant."""
-    assert not any(x.requires_grad for x in earn(roll()).values())
-
-
-def test_values_judge_the_state_before_the_action():
-    """values[:, t] has read tokens[:, :t + 1] and not the action tokens[:, t + 1]; 0 outside the response."""
-    value_model = tiny_scalar(4)
-    batch = earn(roll(), value_model)
-    assert (batch["values"][~batch["mask"]] == 0).all()
-    for b in range(6):
-        for t in response_columns(batch, b):
-            close(batch["values"][b, t], value_model(batch["tokens"][b : b + 1, : t + 1])[0, -1].detach(), 1e-5)
 
 
 def test_returns_are_taken_before_whitening_and_advantages_after():
@@ -500,17 +448,6 @@ def test_the_value_model_moves_towards_the_returns():
     assert losses[0] == pytest.approx(expected.item(), rel=1e-4) and losses[-1] < 0.2 * losses[0]
 
 
-def test_an_update_makes_good_actions_likelier():
-    """Give one token advantage 1 wherever it was chosen, all others -1: its log-probability rises."""
-    batch, learn = earn(roll()), learner()
-    is_good = (batch["tokens"][:, 1:] == EOT) & batch["mask"]
-    batch["advantages"] = (2.0 * is_good - 1.0) * batch["mask"]
-    for _ in range(5):
-        learn.step(batch, count=len(PROMPTS))
-    after = model.masked_logprobs(learn.policy, batch["tokens"], batch["mask"]).detach()
-    assert after[is_good].mean() > batch["logprobs"][is_good].mean() + 0.01
-
-
 # ------------------------------------------------------------------------------------------------------------
 # the loop, on the untrained checkpoints of `chain`
 
@@ -544,36 +481,46 @@ def train(chain, out, **flags):
         for name in vars(seen):
             patch.setattr(ppo, name, watch(name))
         ppo.train(config_of(chain, out, **flags))
-    seen.log = [json.loads(line) for line in (out / "ppo.jsonl").read_text().splitlines()]
+    seen.log = rows_of(out / "ppo.jsonl")
     return seen
 
 
-def test_every_response_is_used_exactly_once_per_pass(chain, tmp_path):
-    """J27: two iterations of two passes over 16 responses in minibatches of 4, in another order each time."""
-    seen = train(chain, tmp_path, ppo_epochs=2)
-    minibatches, passes = [given["minibatch"] for given in seen.update_policy], []
-    for i in range(0, 16, 4):
-        rows, batch = torch.cat([m["row"] for m in minibatches[i : i + 4]]), seen.credit[i // 8]["batch"]
+@pytest.fixture(scope="module")
+def run(chain, tmp_path_factory):
+    """Four iterations of two passes over 16 responses in minibatches of 4."""
+    return train(chain, tmp_path_factory.mktemp("run"), episodes=64, ppo_epochs=2)
+
+
+def test_every_response_is_used_exactly_once_per_pass(run):
+    """J27: in another order each time."""
+    minibatches, passes = [given["minibatch"] for given in run.update_policy], []
+    for i in range(0, 32, 4):
+        rows, batch = torch.cat([m["row"] for m in minibatches[i : i + 4]]), run.credit[i // 8]["batch"]
         for name, x in batch.items():
             assert torch.equal(torch.cat([m[name] for m in minibatches[i : i + 4]]), x[rows])
         passes.append(tuple(rows.tolist()))
-    assert all(sorted(rows) == list(range(16)) for rows in passes) and len(set(passes)) == 4
-    assert {len(m["row"]) for m in minibatches} == {4} and len(minibatches) == 16
+    assert all(sorted(rows) == list(range(16)) for rows in passes) and len(set(passes)) == 8
+    assert {len(m["row"]) for m in minibatches} == {4} and len(minibatches) == 32
 
 
-def test_only_policy_and_value_model_change_over_a_run(chain, tmp_path):
+def test_only_policy_and_value_model_change_over_a_run(chain, run):
     """J26, to the bit; and J3: the value model starts as a copy of the reward model."""
-    seen = train(chain, tmp_path)
     states = lambda calls, name: [given[name].state_dict() for given in calls]
-    (policy, new_policy), refs = states(seen.rollout, "policy"), states(seen.rollout, "ref")
-    value_model, new_value_model = states(seen.credit, "value_model")
+    (policy, *_, new_policy), refs = states(run.rollout, "policy"), states(run.rollout, "ref")
+    value_model, *_, new_value_model = states(run.credit, "value_model")
     assert all(same(x, weights_of(chain / "ppo_init.pt")) for x in (policy, *refs))
     assert same(value_model, weights_of(chain / "reward.pt"))
     assert not same(policy, new_policy) and not same(value_model, new_value_model)
-    assert not any(given[name].training for given in seen.rollout for name in ("policy", "ref"))
+    assert not any(given[name].training for given in run.rollout for name in ("policy", "ref"))
     reward_model, *_ = sft.load_reward(str(chain / "reward.pt"), "", "cpu")
     row = torch.tensor([[5, 6, 7]]), torch.tensor([1]), torch.tensor([3])
-    assert seen.rollout[-1]["judge"](*row) == reward.model_judge(reward_model)(*row)
+    assert run.rollout[-1]["judge"](*row) == reward.model_judge(reward_model)(*row)
+
+
+def test_the_learning_rate_is_constant_after_the_warmup(run):
+    """J24, L23 with a warm-up of 2 iterations: 0.1, 0.1 + 0.9 / 2, 1, 1; eight minibatches each."""
+    factors = [given["factor"] for given in run.update_policy]
+    assert factors == pytest.approx([0.1] * 8 + [0.55] * 8 + [1.0] * 16)
 
 
 def test_another_reference_is_only_what_the_kl_is_measured_against(chain, tmp_path):
@@ -597,13 +544,6 @@ def test_bfloat16_activations_hold_the_first_ratio_near_one(chain, tmp_path, dty
     assert all(abs(row["first_ratio"] - 1) < 0.1 for row in seen.log)
     found = torch.load(tmp_path / "ppo.pt")
     assert all(w.dtype == torch.float32 for name in ("policy", "value_model") for w in found[name].values())
-
-
-def test_the_learning_rate_is_constant_after_the_warmup(chain, tmp_path):
-    """J24, L23 with a warm-up of 2 iterations: 0.1, 0.1 + 0.9 / 2, 1, 1; four minibatches each."""
-    seen = train(chain, tmp_path, episodes=64)
-    factors = [given["factor"] for given in seen.update_policy]
-    assert factors == pytest.approx([0.1] * 4 + [0.55] * 4 + [1.0] * 8)
 
 
 def test_a_persistently_negative_kl_is_reported(chain, tmp_path, monkeypatch, capsys):
@@ -645,7 +585,7 @@ def test_a_reward_of_your_own(chain, tmp_path, monkeypatch):
         ppo.main(config_of(chain, tmp_path / name, **flags))
         assert (tmp_path / name / "table.json").exists() and not (tmp_path / name / "reward.pt").exists()
     assert same(weights_of(tmp_path / "a" / "ppo.pt"), weights_of(tmp_path / "b" / "ppo.pt"))
-    row = json.loads((tmp_path / "a" / "ppo.jsonl").read_text().splitlines()[0])
+    row = rows_of(tmp_path / "a" / "ppo.jsonl")[0]
     assert row["score"] * 16 == round(row["score"] * 16) > 16  # a mean of 16 lengths
 
 
