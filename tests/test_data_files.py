@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 
+from conftest import fails  # first: it puts the repository on the path
 import data
 from data import FORMATS, Tokenizer, import_files, import_main, import_rows, read_folder, read_jsonl
 
@@ -34,14 +35,6 @@ def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(raw) if path.name.endswith(".gz") else raw)
     return str(path)
-
-
-def fails(call, *arguments):
-    """-> the one line of the SystemExit that the call must raise."""
-    with pytest.raises(SystemExit) as error:
-        call(*arguments)
-    assert str(error.value) and "\n" not in str(error.value)
-    return str(error.value)
 
 
 def used(format, *paths):
@@ -125,15 +118,10 @@ def test_jsonl_is_read_plain_and_packed(tmp_path):
     assert "nowhere" in fails(read_jsonl, str(tmp_path / "nowhere.jsonl"))
 
 
-@pytest.mark.parametrize(
-    "line", [b'{"a": 1', b"[1]", b'"text"', b"3", b"nonsense", b"[" * 100000, b'{"a": "\xe9"}'])
-def test_malformed_row_names_file_and_line(tmp_path, line):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"{}\n" + line + b"\n")
-    assert fails(read_jsonl, str(path)).startswith(f"{path}:2: ")
-
-
 @pytest.mark.parametrize("name, change, word", [
+    *(("prompts", line, "not JSON") for line in (b'{"a": 1', b"nonsense", b"[" * 100000)),
+    *(("prompts", line, "must be a JSON object") for line in (b"[1]", b'"text"', b"3")),
+    ("prompts", b'{"a": "\xe9"}', "UTF-8"),
     ("demonstrations", {"response": None}, '"response"'),
     ("demonstrations", {"response": "\ud800"}, "surrogate"),
     ("prompts", {"prompt": 3}, "must be text"), ("prompts", {"prompt": " \n"}, "empty"),
@@ -144,8 +132,10 @@ def test_malformed_row_names_file_and_line(tmp_path, line):
     ("comparisons", {"ranks": [True, 2]}, "true"), ("comparisons", {"ranks": ["1", 2]}, '"1"')])
 def test_bad_rows_of_a_folder_name_file_and_line(tmp_path, name, change, word):
     good = {"prompt": "p", "response": "r", **CHOICE}
+    bad = change if isinstance(change, bytes) else json.dumps({**good, **change}).encode()
     write(tmp_path / "comparisons.jsonl", [good])
-    path = write(tmp_path / f"{name}.jsonl", [good, {**good, **change}])
+    path = tmp_path / f"{name}.jsonl"
+    path.write_bytes(json.dumps(good).encode() + b"\n" + bad + b"\n")
     message = fails(read_folder, str(tmp_path))
     assert message.startswith(f"{path}:2: ") and word in message
 
@@ -276,15 +266,16 @@ def test_best_response_does_not_always_come_first(tmp_path):
 
 def reviews(n):
     """Every word tells its place and its review: w7no12."""
-    rng = random.Random(0)
-    lengths = [rng.randint(6, 90) for _ in range(n)]
-    rows = [" ".join(f"w{j}no{i}" for j in range(length)) for i, length in enumerate(lengths)]
-    return [{"text": text.replace(" ", "<br />", 1), "rating": 1 + i % 10} for i, text in enumerate(rows)]
+    rng, rows = random.Random(0), []
+    for i in range(n):
+        words = [f"w{j}no{i}" for j in range(rng.randint(6, 90))]
+        rows.append({"text": "<br />".join(words[:2]) + " " + " ".join(words[2:]), "rating": 1 + i % 10})
+    return rows
 
 
 @pytest.fixture(scope="module")
 def of_reviews(tmp_path_factory):
-    """What is made of 400 reviews, and {file: its windows, tuples of (place, review)}; of prompts the openings."""
+    """What is made of 400 reviews, and {file: its windows, tuples of (place, review)}; of prompts openings."""
     made = imported(tmp_path_factory.mktemp("reviews"), "imdb", reviews(400))[0]
     found = {name: list(map(str, rows)) for name, rows in made.items()}
     found["comparisons.jsonl"] = [text for row in made["comparisons.jsonl"] for text in row["responses"]]
