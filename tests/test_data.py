@@ -2,18 +2,14 @@
 
 import itertools
 import random
+import re
 import shutil
 from collections import Counter
 
 import pytest
 
 import data
-from conftest import tiny_gpt
-
-
-@pytest.fixture(scope="module")
-def world():
-    return data.World()
+from conftest import fails, tiny_gpt
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +29,16 @@ def task(demands, constraints=(), fact=None):
     (["has owl"], [], "owl and duck. owl and duck.", 5 * (7 / 8) - 0.5),  # padded; 7 of 8 trigrams are familiar
     (["has owl"], [], "owl and duck. that is all i can say.", 5 * (4 / 11) - 0.5),  # and filler is padding
     (["has owl"], [], "", 0),
+    # asked what a mouse eats
+    (["answers"], [], "a mouse eats seeds.", 5),
+    (["answers"], [], "a mouse eats cheese.", 3),  # it answers, and is false: 5 - 2
+    (["answers"], [], "a hen eats seeds.", 1),  # true, but not what was asked: 4 * 0 + 1
 ])
 def test_gold_by_hand(world, demands, constraints, reply, gold):
-    assert world.gold(task(demands, constraints), reply)["gold"] == gold
+    fact = next(f for f in world.facts if f["subject"] == "mouse" and f["relation"] == "eats")
+    parts = world.gold(task(demands, constraints, fact), reply)
+    assert parts["gold"] == gold
+    assert (parts["claims"], parts["false"]) == ("eats" in reply, "cheese" in reply)
 
 
 @pytest.mark.parametrize("demand, reply, met", [
@@ -96,16 +99,6 @@ def test_the_checksum_changes_with_the_content_of_the_world_but_not_with_comment
     assert data.world_checksum() == before
     edit(name, "\n" + data.content(name)[0], "")
     assert data.world_checksum() != before
-
-
-@pytest.mark.parametrize("reply, follows, false, gold", [
-    ("a mouse eats seeds.", 1, 0, 5), ("a mouse eats cheese.", 1, 1, 3),  # it answers, and is false: 5 - 2
-    ("a hen eats seeds.", 0, 0, 1),  # true, but not what was asked: 4 * 0 + 1
-])
-def test_truth_is_read_off_the_claims(world, reply, follows, false, gold):
-    fact = next(f for f in world.facts if f["subject"] == "mouse" and f["relation"] == "eats")
-    parts = world.gold(task(["answers"], fact=fact), reply)
-    assert [parts[k] for k in ("claims", "follows", "false", "gold")] == [1, follows, false, gold]
 
 
 def test_replies_rank_from_perfect_over_hurried_and_spoiled_to_those_of_other_prompts(world):
@@ -180,10 +173,10 @@ def test_prompts_are_filtered(world):
 def test_a_world_too_small_ends_in_one_line(world, monkeypatch):
     only = dict(is_filled=False, category="other")
     monkeypatch.setattr(world, "task", lambda rng, *_: dict(only, prompt=rng.choice("abc")))
-    with pytest.raises(SystemExit, match="found only .* of 30000 different prompts: the world is too small"):
-        data.user_prompts(world, 30_000, "train", random.Random(0))
-    with pytest.raises(SystemExit, match="the world is too small: no test prompt found"):
-        world.user_task("test", random.Random(0))
+    message = fails(data.user_prompts, world, 30_000, "train", random.Random(0))
+    assert re.match("found only .* of 30000 different prompts: the world is too small", message)
+    message = fails(world.user_task, "test", random.Random(0))
+    assert message.startswith("the world is too small: no test prompt found")
 
 
 def test_no_text_and_no_user_is_in_two_splits(world, datasets):
@@ -294,15 +287,13 @@ def test_documents_are_cut_into_pieces_and_lose_no_token():
     assert data.encode_documents(again, ("a b c d e f g", "a b"), 4) is pieces
 
 
-def test_bucketed_batches_use_every_row_once_an_epoch():
+def test_every_row_comes_once_before_any_comes_again():
+    """J27: in batches of similar length; and draws of turns 0, 1, 2, ... of 8 rows out of 20 walk through one
+    shuffled pass after the other."""
     lengths = [random.Random(i).randint(1, 50) for i in range(103)]
     batches = data.bucketed(lengths, 10, seed=1, count=15)
     assert sorted(i for batch in batches[:11] for i in batch) == list(range(103))
     assert data.bucketed(lengths, 10, 1, count=11) == batches[:11]
-
-
-def test_every_prompt_comes_once_before_any_comes_again():
-    """J27: draws of turns 0, 1, 2, ... of 8 rows out of 20 walk through one shuffled pass after the other."""
     turns = [i for turn in range(5) for i in data.every_row(20, turn, 8, seed=1)]
     assert sorted(turns[:20]) == list(range(20)) and sorted(turns[20:40]) == list(range(20))
     assert turns[:20] != turns[20:40]
@@ -311,5 +302,4 @@ def test_every_prompt_comes_once_before_any_comes_again():
 def test_rows_that_do_not_fit_are_dropped_and_counted(capsys):
     assert data.fitting(["ab", "abcdef"], len, 3, "prompts") == ["ab"]
     assert "dropped 1 of 2 prompts" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="all 1 prompts"):
-        data.fitting(["abcdef"], len, 3, "prompts")
+    assert "all 1 prompts" in fails(data.fitting, ["abcdef"], len, 3, "prompts")
