@@ -4,7 +4,6 @@ and what bad input gets."""
 import contextlib
 import functools
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -19,9 +18,8 @@ import eval
 import ppo
 import reward
 import sft
-from conftest import same
+from conftest import ROOT, fails, rows_of, same
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NAMES = ("base", "sft", "ppo_init", "reward", "ppo")
 STAGES = dict(sft=sft, reward=reward, ppo=ppo, eval=eval)
 
@@ -45,10 +43,6 @@ def python(stage, *flags):
 
 def configure(stage, *flags):
     return sft.parse(STAGES[stage].Config, STAGES[stage].SCALES, ["--scale=tiny", "--device=cpu", *flags])
-
-
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -121,22 +115,6 @@ def test_shared_flags_reach_every_stage(tmp_path, monkeypatch):
 # stopping and going on
 
 
-def stop_and_go_on(stage, out, marker, how):
-    """Start a stage, send it a signal as soon as `marker` is there and a moment has passed,
-    start it again to the end -> what the first said on stderr, and the second on stdout."""
-    flags, pipe = (f"{stage}.py", f"--out={out}", "--save_seconds=0"), subprocess.PIPE
-    process = subprocess.Popen(command(*flags), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-    deadline = time.monotonic() + 60
-    while not os.path.exists(marker) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(0.15)
-    process.send_signal(how)
-    message = process.communicate()[1]
-    done = python(*flags)
-    assert process.returncode != 0 and done.returncode == 0, done.stderr
-    return message, done.stdout
-
-
 @pytest.mark.parametrize("stage, marker, how, makes", [
     ("sft", "base.pt", signal.SIGINT, ("base", "sft", "ppo_init")),
     ("sft", "sft.pt", signal.SIGKILL, ("base", "sft", "ppo_init")),
@@ -144,11 +122,19 @@ def stop_and_go_on(stage, out, marker, how):
     ("ppo", "ppo.pt", signal.SIGKILL, ("ppo",)),
 ])
 def test_stopped_and_started_again_gives_the_same_bits(made, tmp_path, stage, marker, how, makes):
-    """Ctrl-C or kill -9 at some moment of the stage; what it makes equals that of the run that was never
-    stopped."""
+    """Ctrl-C or kill -9 at some moment of the stage, as soon as `marker` is there and a moment has passed; what
+    it makes equals that of the run that was never stopped."""
     for name in NAMES[: dict(sft=0, reward=3, ppo=4)[stage]]:
         shutil.copy(made[0] / f"{name}.pt", tmp_path)
-    message, printed = stop_and_go_on(stage, tmp_path, tmp_path / marker, how)
+    flags, pipe = (f"{stage}.py", f"--out={tmp_path}", "--save_seconds=0"), subprocess.PIPE
+    process = subprocess.Popen(command(*flags), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / marker).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.15)
+    process.send_signal(how)
+    message, done = process.communicate()[1], python(*flags)
+    assert process.returncode != 0 and done.returncode == 0, done.stderr
     for name in makes:
         checkpoints = [torch.load(folder / f"{name}.pt", weights_only=True) for folder in (tmp_path, made[0])]
         assert checkpoints[0]["finished"] and same(*checkpoints)
@@ -156,7 +142,7 @@ def test_stopped_and_started_again_gives_the_same_bits(made, tmp_path, stage, ma
         assert same(*logs)
     if how == signal.SIGINT:
         assert "the same command goes on" in message and message.count("\n") == 1
-        assert "going on from step" in printed
+        assert "going on from step" in done.stdout
 
 
 class Killed(BaseException):
@@ -224,18 +210,14 @@ def test_killed_at_any_line_and_started_again_gives_the_same_bits(chain, tmp_pat
 # bad input: one line, exit status 1, nothing overwritten
 
 
-def fails(stage, *flags):
-    """The message a stage ends with. SystemExit with a text is exit status 1 and that text on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        STAGES[stage].main(configure(stage, *flags))
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code and len(stop.value.code) > 20
-    return stop.value.code
-
-
 def test_an_error_is_one_line_on_stderr_and_status_1_but_help_is_none():
     done, help = python("ppo.py", "--bata=0.1"), python("ppo.py", "--help")
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--beta" in done.stderr
     assert help.returncode == 0 and "--beta=0.2\n" in help.stdout and "--from=\n" in help.stdout
+
+
+def refused(stage, *flags):
+    return fails(lambda: STAGES[stage].main(configure(stage, *flags)))
 
 
 @pytest.mark.parametrize("stage, flags, says", [
@@ -266,24 +248,15 @@ def test_an_error_is_one_line_on_stderr_and_status_1_but_help_is_none():
     ("ppo", "--from=no/such", "--from=no/such: expected a folder that is there"),
 ])
 def test_bad_flags(tmp_path, stage, flags, says):
-    assert says in fails(stage, f"--out={tmp_path}", *flags.split())
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".pt")]
+    assert says in refused(stage, f"--out={tmp_path}", *flags.split()) and not list(tmp_path.glob("*.pt"))
 
 
-def test_swapped_checkpoints(made, tmp_path):
+def test_swapped_checkpoints_and_models_of_two_encodings(made, tmp_path):
+    flags = f"--out={tmp_path}", f"--from={made[0]}"
     for flag, found, expected in (("reward", "sft", "a reward"), ("ppo_init", "reward", "a policy")):
-        flags = f"--out={tmp_path}", f"--from={made[0]}", f"--{flag}={made[0]}/{found}.pt"
-        assert f"{found}.pt holds a" in fails("ppo", *flags) and f"expected {expected}" in fails("ppo", *flags)
-
-
-def test_models_of_two_encodings(made, tmp_path):
+        said = refused("ppo", *flags, f"--{flag}={made[0]}/{found}.pt")
+        assert f"{found}.pt holds a" in said and f"expected {expected}" in said
     checkpoint = torch.load(made[0] / "reward.pt", weights_only=True)
     checkpoint["tokenizer"]["tokens"][300:302] = reversed(checkpoint["tokenizer"]["tokens"][300:302])
     torch.save(checkpoint, tmp_path / "reward.pt")
-    said = fails("ppo", f"--out={tmp_path}", f"--from={made[0]}")
-    assert "reward.pt has another encoding than the policy" in said
-
-
-def test_data_that_is_not_utf8(tmp_path):
-    (tmp_path / "comparisons.jsonl").write_bytes(b'{"prompt": "\xff\xfe"}\n')
-    assert "UTF-8" in fails("sft", f"--out={tmp_path}/out", f"--data={tmp_path}")
+    assert "reward.pt has another encoding than the policy" in refused("ppo", *flags)
