@@ -9,19 +9,12 @@ import torch
 
 import data
 import eval
-from conftest import save_tiny, tiny_gpt, tiny_scalar
-
-CPU = torch.device("cpu")
+from conftest import CPU, fails, rows_of, save_tiny, tiny_gpt, tiny_scalar
 
 
 class Letters:  # a tokenizer by hand: a = 1, b = 2, ...
     def encode(self, text):
         return [ord(letter) - 96 for letter in text]
-
-
-@pytest.fixture(scope="module")
-def world():
-    return data.World()
 
 
 @pytest.mark.parametrize("outcomes, rate, half_width", [
@@ -110,8 +103,8 @@ def table_of(out, **flags):
     """-> {(model, T): row}, table.json, the rows of responses.jsonl."""
     eval.main(eval.Config(scale="tiny", device="cpu", out=str(out), max_new_tokens=8, **flags))
     contents = json.loads((out / "table.json").read_text())
-    responses = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
-    return {(row["model"], row["T"]): row for row in contents["table"]}, contents, responses
+    table = {(row["model"], row["T"]): row for row in contents["table"]}
+    return table, contents, rows_of(out / "responses.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +163,7 @@ def test_a_policy_and_a_reference_are_taken_by_path_if_their_encoding_is_that_of
     assert given["PPO-ptx", 1]["kl"] == 0 and given["PPO init", 1]["kl"] > 0.1
     assert given["PPO-ptx", 1]["score"] == table["PPO-ptx", 1]["score"] != table["PPO init", 1]["score"]
     save_tiny(tmp_path / "ppo.pt", "policy", tiny_gpt(vocab_size=other.n_vocab, block_size=128), other)
-    with pytest.raises(SystemExit, match="have different encodings"):
-        table_of(tmp_path)
+    assert "have different encodings" in fails(table_of, tmp_path)
 
 
 def test_a_folder_of_data_has_a_table_without_what_only_the_world_knows(chain, tmp_path):

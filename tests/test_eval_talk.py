@@ -17,10 +17,7 @@ import eval
 import model
 import reward
 import sft
-from conftest import save_tiny, tiny_gpt
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CPU = torch.device("cpu")
+from conftest import CPU, ROOT, fails, save_tiny, tiny_gpt
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +56,16 @@ def test_the_template_is_that_of_the_worlds_dialogues(monkeypatch, out, capsys):
     # what a raw GPT writes stays, and the next turn begins a line
     [_, prompt] = prompts_given(monkeypatch, "cat\ndog\n", " hello.\nhuman: moon?\n", out=out, model="base")
     assert prompt == "human: cat\nai: hello.\nhuman: moon?\nhuman: dog\nai:"
+    # /reset forgets, and plain prompts stand alone
+    assert prompts_given(monkeypatch, "cat\n/reset\ndog\n", out=out)[1] == "human: dog\nai:"
+    prompts = prompts_given(monkeypatch, "say cat\nsun\\ntl;dr:\nmoon\\n\n", out=out, template="plain")
+    assert prompts == ["say cat\n", "sun\ntl;dr:", "moon\n"]
     # typed turn by turn, the first dialogue of tasks.txt gives the model that prompt to the letter
     dialogue = next(line for line in data.content("tasks.txt") if line.startswith("> human"))
     dialogue = dialogue.removeprefix("> ").replace("\\n", "\n")
     monkeypatch.setattr(data.Tokenizer, "encode", lambda self, text: [0])  # the tiny context holds all
     typed = "\n".join(re.findall("human: (.*)", dialogue))
     assert prompts_given(monkeypatch, typed, " hello.", out=out)[-1] == dialogue
-
-
-def test_plain_prompts_stand_alone_and_reset_forgets(monkeypatch, out):
-    prompts = prompts_given(monkeypatch, "say cat\nsun\\ntl;dr:\nmoon\\n\n", out=out, template="plain")
-    assert prompts == ["say cat\n", "sun\ntl;dr:", "moon\n"]
-    assert prompts_given(monkeypatch, "cat\n/reset\ndog\n", out=out)[1] == "human: dog\nai:"
 
 
 def test_oldest_turns_are_left_out_when_the_context_is_full_and_not_before(monkeypatch, out, capsys):
@@ -89,7 +84,7 @@ def test_oldest_turns_are_left_out_when_the_context_is_full_and_not_before(monke
     assert re.fullmatch(r".* but the context is 64: shorten it .*\n", capsys.readouterr().err)
 
 
-def test_streaming_gives_the_text_of_one_call_of_generate(out):
+def test_streaming_gives_the_text_of_one_call_of_generate(monkeypatch, out):
     policy, tokenizer = load(out, "ppo")
     prompt, ids, texts = "human: cat\nai:", tokenizer.encode("human: cat\nai:"), ""
     for seed, temperature in [*((seed, 1.0) for seed in range(30)), (0, 0.0)]:
@@ -100,10 +95,8 @@ def test_streaming_gives_the_text_of_one_call_of_generate(out):
         assert "".join(pieces) == data.response_text(tokenizer, ids, whole)
         texts += tokenizer.decode(whole)
     assert "\ufffd" in texts and data.EOT in texts  # half characters, which decode differently in pieces
-
-
-def test_a_character_is_shown_once_it_is_whole_and_a_space_once_it_stays(monkeypatch):
-    """Spelled out in bytes: the euro sign is three, and the space behind the new line is the tokenizer's."""
+    # a character is shown once it is whole, and a space once it stays: spelled out in bytes, the euro sign is
+    # three, and the space behind the new line is the tokenizer's
     tokenizer, text = data.Tokenizer("bpe", [bytes([b]) for b in range(256)]), "x€\n y"
     spelled = iter([*text.encode(), tokenizer.eot])
     fake = lambda gpt, prompts, *_: (torch.tensor([prompts[0] + [next(spelled)]]), None)
@@ -165,9 +158,7 @@ def test_compare_leaves_out_what_it_cannot_tell(monkeypatch, out, tmp_path, caps
 ])
 def test_bad_input_gets_one_line(monkeypatch, command, flag, message):
     piped(monkeypatch, "")
-    with pytest.raises(SystemExit) as stop:
-        eval.talk(command, [flag, "--device=cpu"])
-    assert stop.value.code.startswith(message) and "\n" not in stop.value.code
+    assert fails(eval.talk, command, [flag, "--device=cpu"]).startswith(message)
 
 
 def start(out, *flags):
