@@ -1,5 +1,4 @@
-"""Tests of ppo.py: the mathematics by hand and by brute force, then one rollout and one update,
-then the loop."""
+"""Tests of ppo.py: the mathematics, one rollout and one update, the loop."""
 
 import copy
 import functools
@@ -50,13 +49,17 @@ def weights_of(path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# rewards
+# the mathematics, by hand and by brute force
 
 
-def test_kl_shaped_rewards_by_hand():
+def test_kl_and_the_rewards_it_shapes_by_hand():
     """L9: -0.02 * (-1.2 + 1.0) = 0.004, -0.02 * 0.2 = -0.004, -0.02 * -0.5 = 0.010,
-    -0.02 * 0.1 + 1.5 = 1.498."""
+    -0.02 * 0.1 + 1.5 = 1.498. L18: k1 = [-0.2, 0.2, -0.5, 0.1], sum -0.4. k3 with r = e^0.2, e^-0.2, e^0.5,
+    e^-0.1: [0.021403, 0.018731, 0.148721, 0.004837], sum 0.193692."""
     close(ppo.kl_shaped_rewards(f64(1.5), LOGPROBS, REF_LOGPROBS, ones(LOGPROBS), 0.02), REWARDS, 1e-9)
+    k1, k3 = ppo.kl_estimates(LOGPROBS, REF_LOGPROBS, ones(LOGPROBS))
+    close(k1, [-0.4], 1e-6)
+    close(k3, [0.193692], 1e-6)
 
 
 def test_the_score_stands_on_the_last_action_alone_and_rewards_sum_to_score_minus_beta_kl():
@@ -69,10 +72,6 @@ def test_the_score_stands_on_the_last_action_alone_and_rewards_sum_to_score_minu
     close(rewards, expected, 1e-12)
     close(rewards.sum(1), scores - beta * kl.sum(1), 1e-12)
     assert (rewards[~mask] == 0).all()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# advantages
 
 
 @pytest.mark.parametrize("lam, expected", [
@@ -111,10 +110,6 @@ def test_gae_as_the_sum_of_its_definition(gamma, lam):
             assert (x[:, 12:] == 0).all()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# whitening
-
-
 @pytest.mark.parametrize("rows, shift_mean, expected", [
     # L13, J18: the advantages of L10, population variance. The unbiased one would give 0.948387 first
     ([[0.90669775, 0.844945, 0.6831, 0.498]], True, [[1.095103, 0.705357, -0.316111, -1.484350]]),
@@ -131,10 +126,6 @@ def test_whiten_by_hand(rows, shift_mean, expected):
         x = f64(*(row + more for row, more in zip(rows, pads)))
         mask = torch.tensor([[True] * len(row) + [False] * len(more) for row, more in zip(rows, pads)])
         close(ppo.whiten(x, mask, shift_mean), expected, 1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the clipped surrogate
 
 
 @pytest.mark.parametrize(
@@ -171,10 +162,6 @@ def test_policy_loss_and_clipfrac_are_means_over_unmasked_tokens(masked, expecte
     assert (new_logprobs.grad[0] != 0).nonzero().flatten().tolist() == [t for t in (1, 2) if t not in masked]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the value loss
-
-
 @pytest.mark.parametrize("new, target, expected, slope", [
     # L17: 1.0 is kept to 0.7; errors (1.0 - 1.2)^2 = 0.04 and (0.7 - 1.2)^2 = 0.25, half the larger: 0.125; it
     # left the range towards the return, and the clipped error does not depend on it
@@ -205,18 +192,6 @@ def test_explained_variance_of_perfect_constant_and_opposite_values():
     assert ppo.explained_variance(f64([3.0, 2.0, 1.0, 0.0]), returns, mask) == pytest.approx(-3)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# estimates of the KL
-
-
-def test_kl_estimates_by_hand():
-    """L18: k1 = [-0.2, 0.2, -0.5, 0.1], sum -0.4. k3 with r = e^0.2, e^-0.2, e^0.5, e^-0.1:
-    [0.021403, 0.018731, 0.148721, 0.004837], sum 0.193692."""
-    k1, k3 = ppo.kl_estimates(LOGPROBS, REF_LOGPROBS, ones(LOGPROBS))
-    close(k1, [-0.4], 1e-6)
-    close(k3, [0.193692], 1e-6)
-
-
 def test_kl_estimates_are_unbiased():
     """L19, by enumeration: the mean over the policy's own actions of k1 and of k3
     is KL(policy || ref) = 0.025267.
@@ -233,10 +208,6 @@ def test_kl_estimates_ignore_padding_and_are_zero_for_equal_policies():
     k1, k3 = ppo.kl_estimates(logprobs + 3.0 * ~mask, ref_logprobs, mask)
     close(k1, ((logprobs - ref_logprobs) * mask).sum(1), 1e-12)
     assert (k3 >= 0).all() and not torch.stack(ppo.kl_estimates(logprobs, logprobs, mask)).any()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the moving average
 
 
 def test_ema_by_hand():
@@ -282,8 +253,8 @@ def learner(**flags):
     policy, ema, value_model = tiny_gpt(1), tiny_gpt(1), tiny_scalar(4)
     optimizer, value_optimizer = sft.adamw(policy, config.lr), sft.adamw(value_model, config.value_lr)
 
-    def step(batch, ptx=None, count=8, factor=1.0):
-        minibatch = {name: x[:count] for name, x in batch.items()}
+    def step(batch, ptx=None, factor=1.0):
+        minibatch = {name: x[:8] for name, x in batch.items()}
         numbers = ppo.update_policy(policy, ema, optimizer, minibatch, ptx, factor, config)
         numbers.update(ppo.update_value(value_model, value_optimizer, minibatch, factor, config))
         return {name: x.item() for name, x in numbers.items()}
@@ -400,8 +371,9 @@ def test_the_first_ratio_is_one(temperature):
 
 
 def test_one_step_with_the_sum_of_both_gradients():
-    """J28, eq. 2: Adam sees g_ppo + ptx_coef * g_ptx, once."""
-    batch, learn, seen = earn(roll()), learner(ptx_coef=2.5), []
+    """J28, eq. 2: Adam sees g_ppo + ptx_coef * g_ptx, once; and each network steps once, at its own peak of the
+    learning rate times the factor, and keeps no gradient."""
+    batch, learn, seen, rates = earn(roll()), learner(ptx_coef=2.5, lr=1e-3, value_lr=2e-3), [], []
     policy = learn.policy
     tokens, mask, logprobs, advantages = (
         batch[name][:8] for name in ("tokens", "mask", "logprobs", "advantages")
@@ -411,21 +383,14 @@ def test_one_step_with_the_sum_of_both_gradients():
     g_ptx = gradient(sft.lm_loss(policy, *PTX), policy)
     capture = lambda *_: seen.append({name: p.grad.clone() for name, p in policy.named_parameters()})
     learn.optimizer.register_step_pre_hook(capture)
-    learn.step(batch, PTX)
-    assert len(seen) == 1
-    for name, found in seen[0].items():
-        close(found, g_ppo[name] + 2.5 * g_ptx[name], 1e-4)
-    assert max(float(g.abs().max()) for g in g_ptx.values()) > 0.01
-
-
-def test_each_network_steps_once_per_minibatch_and_keeps_no_gradient():
-    """J28. At its own peak of the learning rate times the factor."""
-    batch, learn, rates = earn(roll()), learner(lr=1e-3, value_lr=2e-3), []
     for optimizer in (learn.optimizer, learn.value_optimizer):
         optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
     learn.step(batch, PTX, factor=0.1)
-    assert sorted(rates) == [1e-4, 2e-4]
-    for network in (learn.policy, learn.value_model, learn.ema):
+    assert len(seen) == 1 and sorted(rates) == [1e-4, 2e-4]
+    for name, found in seen[0].items():
+        close(found, g_ppo[name] + 2.5 * g_ptx[name], 1e-4)
+    assert max(float(g.abs().max()) for g in g_ptx.values()) > 0.01
+    for network in (policy, learn.value_model, learn.ema):
         assert all(p.grad is None or not p.grad.any() for p in network.parameters())
 
 
