@@ -273,51 +273,44 @@ def reviews(n):
     return rows
 
 
-@pytest.fixture(scope="module")
-def of_reviews(tmp_path_factory):
-    """What is made of 400 reviews, and {file: its windows, tuples of (place, review)}; of prompts openings."""
-    made = imported(tmp_path_factory.mktemp("reviews"), "imdb", reviews(400))[0]
-    found = {name: list(map(str, rows)) for name, rows in made.items()}
-    found["comparisons.jsonl"] = [text for row in made["comparisons.jsonl"] for text in row["responses"]]
-    words = lambda text: tuple((int(j), int(i)) for j, i in re.findall(r"w(\d+)no(\d+)", text))
-    return made, {name.split(".")[0]: [words(text) for text in rows] for name, rows in found.items()}
+def places(rows):
+    """-> of each row (place, review) of its words."""
+    return [tuple((int(j), int(i)) for j, i in re.findall(r"w(\d+)no(\d+)", str(row))) for row in rows]
 
 
-def test_a_review_is_in_one_part_only(tmp_path, of_reviews):
-    made, windows = of_reviews
-    bad = [{"text": "<br />", "rating": 1}, {"text": "a b c d e f"}, {"text": "a b c d e", "rating": 1}]
-    few, unused = imported(tmp_path, "imdb", [*reviews(100), *bad])
-    assert unused == ["101", "102", "103"] and "<br" not in json.dumps(made)
-    parts = [{i for window in windows[x] for _, i in window} for x in ("demonstrations", "prompts", "judge")]
-    assert set.union(*parts) == set(range(400)) and sum(map(len, parts)) == 400
-    assert all(abs(len(part) - share * 400) < 40 for part, share in zip(parts, (0.45, 0.1, 0.45)))
-    # a review stays in its part when more are added
-    assert few["judge.jsonl"] == made["judge.jsonl"][: len(few["judge.jsonl"])]
-
-
-def test_windows_of_reviews_are_of_equal_length(of_reviews):
+def test_reviews_are_cut_into_windows_of_equal_length_all_of_a_review_in_one_part(tmp_path):
     """20 words one behind the other, without what is left at the end; of a shorter review all its words.
     Openings are the first 5 of a window."""
-    (_, windows), expected = of_reviews, []
+    made, expected = imported(tmp_path, "imdb", reviews(400))[0], []
+    files = "demonstrations.jsonl", "prompts.jsonl", "judge.jsonl"
+    demonstrations, openings, judge = (places(made[name]) for name in files)
     for i, row in enumerate(reviews(400)):
         length = row["text"].count("no")
         starts = range(0, length - 19, 20) if length > 20 else [0]
         expected += [tuple((j, i) for j in range(start, min(start + 20, length))) for start in starts]
-    opened = [window for window in expected if window[:5] in windows["prompts"]]
-    assert windows["prompts"] == [window[:5] for window in opened]
-    assert sorted(windows["demonstrations"] + windows["judge"] + opened) == sorted(expected)
-    assert windows["pretrain"] == windows["demonstrations"]
+    opened = [window for window in expected if window[:5] in openings]
+    assert openings == [window[:5] for window in opened] and places(made["pretrain.txt"]) == demonstrations
+    assert sorted(demonstrations + judge + opened) == sorted(expected) and "<br" not in json.dumps(made)
+    parts = [{i for window in windows for _, i in window} for windows in (demonstrations, openings, judge)]
+    assert set.union(*parts) == set(range(400)) and sum(map(len, parts)) == 400
+    assert all(abs(len(part) - share * 400) < 40 for part, share in zip(parts, (0.45, 0.1, 0.45)))
+    # a review stays in its part when more are added
+    bad = [{"text": "<br />", "rating": 1}, {"text": "a b c d e f"}, {"text": "a b c d e", "rating": 1}]
+    few, unused = imported(tmp_path, "imdb", [*reviews(100), *bad])
+    assert few["judge.jsonl"] == made["judge.jsonl"][: len(few["judge.jsonl"])]
+    assert unused == ["101", "102", "103"]
 
 
-def test_compared_windows_are_those_of_demonstrations_ranked_by_their_stars(of_reviews):
-    made, windows = of_reviews
+def test_compared_windows_are_those_of_demonstrations_ranked_by_their_stars(tmp_path):
+    made = imported(tmp_path, "imdb", reviews(400))[0]
     for group in made["comparisons.jsonl"]:
         stars = [int(re.search(r"no(\d+)", text)[1]) % 10 for text in group["responses"]]
         assert group["ranks"] == [1 + sum(other > star for other in stars) for star in stars]
         assert group["prompt"] == "review:"
     *sizes, last = [len(group["ranks"]) for group in made["comparisons.jsonl"]]
     assert set(sizes) == {6} and 2 <= last <= 6
-    compared, learned = set(windows["comparisons"]), set(windows["demonstrations"])
+    compared = set(places(text for row in made["comparisons.jsonl"] for text in row["responses"]))
+    learned = set(places(made["demonstrations.jsonl"]))
     assert compared <= learned and len(learned - compared) <= 1
 
 
