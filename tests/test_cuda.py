@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_gpt  # first: it puts the repository on the path
+from conftest import rows_of, tiny_gpt  # first: it puts the repository on the path
 import data
 import model
 import ppo
@@ -70,7 +70,7 @@ def test_the_chain(tmp_path, prefix, dtype):
     assert all(w.dtype == torch.float32 and w.isfinite().all() for w in weights)
     # J11. A GPU rounds to bfloat16, or TF32, in kernels that depend on the number of rows
     tolerance = 1e-5 if prefix and dtype == "float32" else 0.1
-    rows = [json.loads(line) for line in (tmp_path / "ppo.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path / "ppo.jsonl")
     assert len(rows) == 2 and all(abs(row["first_ratio"] - 1) < tolerance for row in rows)
 
 

@@ -1,17 +1,17 @@
 """Several processes (torchrun): the gradients of one, files and print by the first, a run that goes on."""
 
-import json
 import os
 import subprocess
 import sys
 
 import torch
 
+from conftest import ROOT, rows_of, same, tiny_gpt, tiny_scalar  # first: it puts the repository on the path
 import model
+import ppo
+import reward
 import sft
-from conftest import same, tiny_gpt, tiny_scalar
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
@@ -25,9 +25,6 @@ def gradients():
     """One backward of each kind of loss on a batch of ragged rows, fewer unmasked tokens in some, then
     what an optimizer step is given -> {name: gradient}. `rows`: 7, so that no share is like another; and 1,
     which leaves a second process without any."""
-    import ppo
-    import reward
-
     found, config = {}, ppo.Config()
     for rows in (7, 1):
         torch.manual_seed(1)
@@ -49,27 +46,18 @@ def gradients():
             scores = reward.score(scalar, tokens, ends).view(1, -1)
             return reward.ranking_loss(scores, torch.arange(1, rows + 1).view(1, -1))
 
-        losses = dict(lm=lambda gpt: sft.lm_loss(gpt, tokens, mask), policy=policy_loss)
-        scalar_losses = dict(value=value_loss, ranking=ranking_loss)
-        for of, make, std in ((losses, tiny_gpt, 0.1), (scalar_losses, tiny_scalar, 0.1)):
-            for name, loss in of.items():
-                network, given = make(std=std), []
-                loss(network).backward()
-                sft.optimizer_step(network, [Taker(network, given)], 1.0, 1e9)
-                found[f"{name} {rows}"] = given
+        for name, make, loss in (
+            ("lm", tiny_gpt, lambda gpt: sft.lm_loss(gpt, tokens, mask)), ("policy", tiny_gpt, policy_loss),
+            ("value", tiny_scalar, value_loss), ("ranking", tiny_scalar, ranking_loss),
+        ):
+            network = make(std=0.1)
+            loss(network).backward()
+            optimizer, given = torch.optim.SGD(network.parameters(), lr=0.0), []
+            take = lambda *_: given.extend(p.grad.clone() for p in network.parameters())
+            optimizer.register_step_pre_hook(take)
+            sft.optimizer_step(network, [optimizer], 1.0, 1e9)
+            found[f"{name} {rows}"] = given
     return found
-
-
-class Taker(torch.optim.SGD):
-    """An optimizer that keeps the gradients it is given."""
-
-    def __init__(self, network, given):
-        super().__init__(network.parameters(), lr=0.0)
-        self.given = given
-
-    def step(self):
-        for group in self.param_groups:
-            self.given += [p.grad.clone() for p in group["params"]]
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
@@ -119,7 +107,7 @@ def test_a_run_of_two_that_was_killed_goes_on_and_the_first_alone_writes(tmp_pat
             torch.load(tmp_path / folder / f"{name}.pt", weights_only=True) for folder in ("killed", "whole")
         )
         assert same(one["weights"], other["weights"]), name
-    steps = [json.loads(row)["step"] for row in (tmp_path / "whole" / "base.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows_of(tmp_path / "whole" / "base.jsonl")]
     assert steps == [0, 1, 2, 3, 4] and unbroken.stdout.count("wrote") == 3  # by the first alone
 
 
