@@ -370,15 +370,16 @@ def test_the_first_ratio_is_one(temperature):
     assert second["max_ratio"] > 1.001 and second["approx_kl"] > 1e-8
 
 
-def test_one_step_with_the_sum_of_both_gradients():
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_one_step_with_the_sum_of_both_gradients(temperature):
     """J28, eq. 2: Adam sees g_ppo + ptx_coef * g_ptx, once; and each network steps once, at its own peak of the
-    learning rate times the factor, and keeps no gradient."""
-    batch, learn, seen, rates = earn(roll()), learner(ptx_coef=2.5, lr=1e-3, value_lr=2e-3), [], []
-    policy = learn.policy
+    learning rate times the factor, and keeps no gradient. J9: g_ppo at the sampling temperature."""
+    learn = learner(ptx_coef=2.5, lr=1e-3, value_lr=2e-3, temperature=temperature)
+    batch, policy, seen, rates = earn(roll(temperature=temperature)), learn.policy, [], []
     tokens, mask, logprobs, advantages = (
         batch[name][:8] for name in ("tokens", "mask", "logprobs", "advantages")
     )
-    new_logprobs = model.token_logprobs(policy(tokens), tokens) * mask
+    new_logprobs = model.token_logprobs(policy(tokens), tokens, temperature) * mask
     g_ppo = gradient(ppo.policy_loss(new_logprobs, logprobs, advantages, mask, 0.2)[0], policy)
     g_ptx = gradient(sft.lm_loss(policy, *PTX), policy)
     capture = lambda *_: seen.append({name: p.grad.clone() for name, p in policy.named_parameters()})
@@ -426,15 +427,14 @@ def config_of(chain, out, **flags):
 def train(chain, out, **flags):
     """One run of the loop -> its log, and what each call of its parts was given: copies, by name."""
     seen = SimpleNamespace(rollout=[], credit=[], update_policy=[])
+    copied = lambda x: copy.deepcopy(x) if isinstance(x, torch.nn.Module) else x
 
     def watch(name):
-        function, signature = getattr(ppo, name), inspect.signature(getattr(ppo, name))
+        function = getattr(ppo, name)
 
-        def watched(*args, **kwargs):
-            given = signature.bind(*args, **kwargs).arguments
-            copied = {k: copy.deepcopy(x) if isinstance(x, torch.nn.Module) else x for k, x in given.items()}
-            getattr(seen, name).append(copied)
-            returned = function(*args, **kwargs)
+        def watched(*args):
+            getattr(seen, name).append(dict(zip(inspect.signature(function).parameters, map(copied, args))))
+            returned = function(*args)
             if name == "rollout":  # a number that goes with its row into the minibatches
                 returned[0]["row"] = torch.arange(len(returned[0]["tokens"]))
             return returned
