@@ -170,7 +170,7 @@ def run_to(line, function, *arguments):
 
 
 SMALL = dict(
-    sft=("--base_steps=4", "--sft_epochs=2", "--ppo_init_epochs=1", "--n_layer=1", "--block_size=64"),
+    sft=("--from=", "--base_steps=4", "--sft_epochs=2", "--ppo_init_epochs=1", "--n_layer=1", "--block_size=64"),
     reward=("--epochs=2",),
     comparisons=("--data=", "--max_new_tokens=6", "--k_max=4"),
     ppo=("--episodes=48", "--rollout_size=16", "--minibatch_size=8", "--max_new_tokens=6"),
