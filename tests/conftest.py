@@ -63,6 +63,7 @@ import io
 import json
 import os
 import random
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -153,6 +154,21 @@ def save_tiny(path, kind, network, tokenizer, **more):
 @pytest.fixture(scope="session")
 def world():
     return data.World()
+
+
+@pytest.fixture
+def edit(tmp_path, monkeypatch):
+    """A copy of assets/world to write into -> a function of a file's name, what stands there, what shall."""
+    folder = tmp_path / "world"
+    shutil.copytree(data.WORLD, folder)
+    monkeypatch.setattr(data, "WORLD", str(folder))
+
+    def replace(name, old, new):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return replace
 
 
 @pytest.fixture(scope="session")

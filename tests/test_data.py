@@ -3,7 +3,6 @@
 import itertools
 import random
 import re
-import shutil
 from collections import Counter
 
 import pytest
@@ -55,21 +54,6 @@ def test_every_kind_of_demand(world, demand, reply, met):
     assert world.meets(demand, reply, task([demand])) is met
     with pytest.raises(ValueError, match="tasks.txt"):
         world.meets("sing a song", reply, task([]))
-
-
-@pytest.fixture
-def edit(tmp_path, monkeypatch):
-    """A copy of assets/world to write into -> a function of a file's name, what stands there, what shall."""
-    folder = tmp_path / "world"
-    shutil.copytree(data.WORLD, folder)
-    monkeypatch.setattr(data, "WORLD", str(folder))
-
-    def replace(name, old, new):
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new, 1))
-
-    return replace
 
 
 @pytest.mark.parametrize("name, change, says", [
