@@ -307,7 +307,7 @@ def test_where_an_earlier_stage_is_found(tmp_path):
 def test_a_network_comes_back_as_it_was_if_it_is_finished_and_of_its_kind(tmp_path, kind, load, network):
     """J10: in eval mode, and without dropout even if someone calls train()."""
     path, other = str(tmp_path / "p.pt"), dict(policy="reward", reward="policy")[kind]
-    for given, says in ((other, f"holds a {other} model, expected a {kind}"), (kind, "is not finished: run it")):
+    for given, says in ((other, f"{other} model, expected a {kind}"), (kind, "is not finished: run it")):
         save_tiny(path, given, network, TOKENIZER, finished=False)
         assert says in fails(load, path, "run it", CPU)
     assert not sft.is_finished(path, kind) and not sft.is_finished(path + "x", kind)

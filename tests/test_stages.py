@@ -122,8 +122,8 @@ def test_shared_flags_reach_every_stage(tmp_path, monkeypatch):
     ("ppo", "ppo.pt", signal.SIGKILL, ("ppo",)),
 ])
 def test_stopped_and_started_again_gives_the_same_bits(made, tmp_path, stage, marker, how, makes):
-    """Ctrl-C or kill -9 at some moment of the stage, as soon as `marker` is there and a moment has passed; what
-    it makes equals that of the run that was never stopped."""
+    """Ctrl-C or kill -9 at some moment of the stage, as soon as `marker` is there and a moment has passed;
+    what it makes equals that of the run that was never stopped."""
     for name in NAMES[: dict(sft=0, reward=3, ppo=4)[stage]]:
         shutil.copy(made[0] / f"{name}.pt", tmp_path)
     flags, pipe = (f"{stage}.py", f"--out={tmp_path}", "--save_seconds=0"), subprocess.PIPE
@@ -170,7 +170,7 @@ def run_to(line, function, *arguments):
 
 
 SMALL = dict(
-    sft=("--from=", "--base_steps=4", "--sft_epochs=2", "--ppo_init_epochs=1", "--n_layer=1", "--block_size=64"),
+    sft=("--from=", "--base_steps=4", "--sft_epochs=2", "--ppo_init_epochs=1", "--n_layer=1"),
     reward=("--epochs=2",),
     comparisons=("--data=", "--max_new_tokens=6", "--k_max=4"),
     ppo=("--episodes=48", "--rollout_size=16", "--minibatch_size=8", "--max_new_tokens=6"),
