@@ -17,7 +17,9 @@ import json
 import math
 import os
 import random
+import re
 import statistics
+import string
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -473,16 +475,18 @@ def invented(world, prompt, text):
 
 
 def f1(prediction, reference):
-    """Overlap of words, articles left out, as SQuAD scores an answer -> 0 to 1."""
-    words = lambda text: [w for w in words_of(text.lower()) if w.isalnum() and w not in ("a", "an", "the")]
-    said, right = words(prediction), words(reference)
+    """Overlap of words as SQuAD scores an answer, without case, signs and articles -> 0 to 1; two texts
+    that hold nothing else agree."""
+    text = lambda x: "".join(c for c in x.lower() if c not in string.punctuation)
+    said, right = (re.sub(r"\b(a|an|the)\b", " ", text(x)).split() for x in (prediction, reference))
     shared = sum((Counter(said) & Counter(right)).values())
-    return 2 * shared / (len(said) + len(right)) if shared else 0.0
+    return 2 * shared / (len(said) + len(right)) if said and right else float(said == right)
 
 
 def rouge_l(prediction, reference):
-    """F-measure of the longest common subsequence of words -> 0 to 1."""
-    a, b = words_of(prediction), words_of(reference)
+    """F-measure of the longest common subsequence of words, as Lin's ROUGE-L without stemming: lower case,
+    letters and digits of English only -> 0 to 1."""
+    a, b = (re.findall("[a-z0-9]+", text.lower()) for text in (prediction, reference))
     row = [0] * (len(b) + 1)  # row[j]: the longest of a's words so far and b[:j]
     for word in a:
         above, row = row, [0]
@@ -492,15 +496,30 @@ def rouge_l(prediction, reference):
 
 
 def bleu(prediction, reference):
-    """BLEU of one answer: one to four words in a row, with the brevity penalty -> 0 to 1."""
-    said, right, logs = words_of(prediction), words_of(reference), []
-    for n in (1, 2, 3, 4):
-        grams = lambda words: Counter(zip(*(words[i:] for i in range(n))))
-        hits = sum((grams(said) & grams(right)).values())
-        if not hits:
-            return 0.0
-        logs.append(math.log(hits / (len(said) - n + 1)))
-    return math.exp(min(0.0, 1 - len(right) / len(said)) + sum(logs) / 4)
+    """BLEU of an answer, or of lists of answers and references together (not the mean of theirs): one to
+    four words in a row, with the brevity penalty -> 0 to 1, 0 without four right ones in a row."""
+    texts = [[side] if isinstance(side, str) else side for side in (prediction, reference)]
+    pairs = [(mteval_words(said), mteval_words(right)) for said, right in zip(*texts, strict=True)]
+    hits, counts = [0] * 4, [0] * 4
+    for (said, right), n in itertools.product(pairs, range(4)):
+        grams = lambda words: Counter(zip(*(words[i:] for i in range(n + 1))))
+        hits[n] += sum((grams(said) & grams(right)).values())
+        counts[n] += max(0, len(said) - n)
+    if not all(hits):
+        return 0.0
+    long, right = (sum(map(len, side)) for side in zip(*pairs))
+    return math.exp(min(0.0, 1 - right / long) + sum(math.log(h / c) for h, c in zip(hits, counts)) / 4)
+
+
+def mteval_words(text):
+    """The words of a text as WMT's mteval-v13a cuts it, the standard of BLEU; case counts."""
+    text = f" {text} ".replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    for name, sign in (("quot", '"'), ("amp", "&"), ("lt", "<"), ("gt", ">")):
+        text = text.replace(f"&{name};", sign)
+    # every sign is a word; . and , but between digits, - behind a digit
+    text = re.sub(r"([!-&(-+:-@\[-`{-~/ ])", r" \1 ", text)
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", re.sub(r"([^0-9])([.,])", r"\1 \2 ", text))
+    return re.sub(r"([0-9])-", r"\1 - ", text).split()
 
 
 def best_of_n_kl(n):

@@ -58,7 +58,7 @@ def test_below_looks_at_the_differences_on_each_prompt(a, b, expected):
 @pytest.mark.parametrize("measure, prediction, reference, expected", [
     # L28: 3 words (articles left out) against 2, 2 shared: 2 * 2 / (3 + 2)
     ("f1", "in the North Sea", "North Sea", 0.8),
-    ("f1", "tom.", "tom", 1.0), ("f1", "the", "a", 0.0),  # signs and articles do not count
+    ("f1", "tom.", "tom", 1.0), ("f1", "the", "a", 1.0),  # signs and articles do not count
     ("f1", "tom tom", "tom.", 2 / 3),  # the second tom has no partner: 2 * 1 / (2 + 1)
     # 5/6 words (the second "the" has no partner), 3/5 pairs, 2/4, 1/3: (1/12)^(1/4)
     ("bleu", "the cat sat on the mat", "the cat sat on a mat", (1 / 12) ** 0.25),
@@ -67,8 +67,10 @@ def test_below_looks_at_the_differences_on_each_prompt(a, b, expected):
     # brevity penalty: every word is right, but 4 of 5 are there: exp(1 - 5/4)
     ("bleu", "a b c d", "a b c d e", math.exp(-0.25)),
     ("bleu", "a b c", "a b c", 0.0), ("bleu", "", "a b c d", 0.0),  # no four words in a row
-    # 7 words each, the sign is one, and "tom a fox in alba" stands in both in this order: 2 * 5 / (7 + 7)
-    ("rouge_l", "tom saw a fox in alba.", "tom found a red fox in alba", 10 / 14), ("rouge_l", "a b", "b a", 0.5),
+    # 6 and 7 words, signs are none, and "tom a fox in alba" stands in both in this order: 2 * 5 / (6 + 7)
+    ("rouge_l", "Tom saw a fox in alba.", "tom found a red fox in alba", 10 / 13), ("rouge_l", "a b", "b a", 0.5),
+    # two answers together: 4 + 3 of 8 words, 3 + 1 of 6 pairs, 2 of 4, 1 of 2; each alone has 1 and 0
+    ("bleu", ["a b c d", "a x c d"], ["a b c d", "a b c d"], (7 / 8 * 4 / 6 * 2 / 4 * 1 / 2) ** 0.25),
 ])
 def test_overlap_by_hand(measure, prediction, reference, expected):
     assert getattr(findings, measure)(prediction, reference) == pytest.approx(expected, abs=1e-12)

@@ -1,0 +1,200 @@
+"""Are the metrics of findings.py the paper's? From the samples that it published of its own models they
+give what its Table 14 reports (`pytest -s tests/test_metrics.py` prints both). Skipped without
+INSTRUCTGPT_TEST_DATA.
+
+A figure of the paper is a mean over a whole benchmark, ours over the 60 contexts at hand: the two differ by
+our standard error, which leaving out one context after the other tells (the jackknife; for a mean it is
+s / sqrt(60)). Hence two tolerances, the same for every metric:
+    each figure      3.6 standard errors: of 180 normal errors none is larger in 19 of 20 cases
+    their mean       3 standard errors of the mean over models and ways of prompting, which share contexts
+A wrong definition that moves all figures by less is not seen here; the tests by hand in test_findings.py, and
+the libraries below, look at single texts.
+"""
+
+import csv
+import functools
+import itertools
+import math
+import os
+import random
+import re
+import statistics
+
+import pytest
+
+import findings
+
+DATA = os.environ.get("INSTRUCTGPT_TEST_DATA")
+FOLDER = os.path.join(DATA or "", "eval", "instructgpt_samples")
+real = pytest.mark.skipif(
+    not DATA or not os.path.isdir(FOLDER),
+    reason="INSTRUCTGPT_TEST_DATA is unset or lacks eval/instructgpt_samples: no samples of the paper's models",
+)
+MODELS = [f"{kind}-{size}" for kind in ("gpt", "sft", "ppo-noptx", "ppo-ptx") for size in ("xl", "6b", "175b")]
+PAPER = {  # Table 14, in the order of MODELS; the second key is the file's name of the prompt
+    "squadv2": dict(
+        zeroshot="51.97 58.66 64.30 36.88 46.53 57.67 45.37 47.42 43.68 45.46 47.23 59.85",
+        fewshot="58.86 62.33 69.75 46.62 53.91 65.90 48.11 52.34 51.95 58.33 63.78 69.93",
+    ),
+    "drop": dict(
+        zeroshot="17.68 19.96 27.53 13.29 13.23 15.79 14.70 12.34 13.08 14.71 10.64 15.23",
+        fewshot="25.43 30.08 35.27 23.84 30.99 35.85 21.61 27.11 27.78 23.89 29.39 33.34",
+    ),
+    "fr_to_en": dict(
+        zeroshot="30.65 34.99 38.92 25.56 33.25 36.90 19.85 25.22 24.16 25.77 30.41 34.28",
+        fewshot="31.37 35.49 39.93 24.73 31.76 35.07 21.65 29.96 26.58 27.67 33.56 36.76",
+    ),
+    "tldr": {None: ".182 .197 .196 .198 .235 .225 .218 .231 .227 .214 .231 .220"},
+    "real_toxicity": {
+        "basic prompt": ".228 .229 .231 .198 .211 .211 .213 .214 .228 .228 .227 .234",
+        "respectful prompt": ".211 .232 .233 .196 .196 .199 .198 .176 .205 .179 .204 .196",
+        "biased prompt": ".250 .261 .285 .236 .250 .256 .254 .382 .427 .263 .512 .400",
+    },
+    # the rows "instruction" and "QA + instruction" of the table are those of the other prompt in the file: as
+    # the file names them, 13 of these 48 figures are 3.6 to 11 standard errors off, exchanged none
+    "truthful_qa true": {
+        "QA prompt": ".312 .220 .284 .324 .436 .515 .546 .586 .755 .297 .476 .712",
+        "QA + instruction": ".340 .414 .570 .360 .756 .665 .634 .928 .879 .355 .733 .815",
+        "instruction prompt": ".335 .348 .438 .517 .659 .852 .807 .760 .944 .322 .494 .610",
+    },
+    "truthful_qa both": {
+        "QA prompt": ".193 .186 .251 .267 .253 .271 .524 .574 .752 .285 .464 .689",
+        "QA + instruction": ".212 .212 .226 .282 .213 .257 .559 .187 .382 .339 .350 .494",
+        "instruction prompt": ".218 .267 .242 .288 .319 .206 .789 .704 .588 .242 .399 .315",
+    },
+}
+# DROP: of the 60 published contexts 18 have a number for an answer, of the benchmark's 9,536 about 62 in 100;
+# the models are right on few numbers. So the two kinds are weighed as there; unweighed all 24 figures are above
+# the paper's, by 12 of 100.
+NUMBERS = 0.62
+
+
+@functools.cache
+def rows_of(name):
+    [file] = [f for f in os.listdir(FOLDER) if f.startswith(name.split()[0])]
+    csv.field_size_limit(10**9)
+    with open(os.path.join(FOLDER, file), encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def best_f1(row):
+    return 100 * max(findings.f1(row["sample"], reference) for reference in row["ref_text"].split("|"))
+
+
+def weighted_f1(rows):
+    parts = [], []
+    for row in rows:
+        parts[bool(re.fullmatch(r"[\d.,]+", row["ref_text"].split("|")[0].strip()))].append(best_f1(row))
+    return (1 - NUMBERS) * statistics.mean(parts[0]) + NUMBERS * statistics.mean(parts[1])
+
+
+mean = lambda number: lambda rows: statistics.mean(map(number, rows))
+METRICS = {  # the samples of one model to one kind of prompt -> its figure
+    "squadv2": mean(best_f1),
+    "drop": weighted_f1,
+    "fr_to_en": lambda rows: 100 * findings.bleu(*([row[key] for row in rows] for key in ("sample", "ref_text"))),
+    "tldr": mean(lambda row: findings.rouge_l(row["sample"], row["ref_text"])),
+    "real_toxicity": mean(lambda row: float(row["toxicity"])),  # Perspective's score
+    "truthful_qa true": mean(lambda row: float(row["true"]) > 0.5),  # two judges' probabilities
+    "truthful_qa both": mean(lambda row: float(row["true"]) > 0.5 and float(row["info"]) > 0.5),
+}
+
+
+def jackknife(figure):
+    """figure: a function of the context that is left out, None for all -> figure(None), its standard error."""
+    return figure(None), math.sqrt(59 * statistics.pvariance(map(figure, range(60))))
+
+
+def compare(name):
+    """Prints every figure beside the paper's -> their differences in standard errors, that of the mean."""
+    paper = {
+        (prompt, model): float(number)
+        for prompt, row in PAPER[name].items() for model, number in zip(MODELS, row.split())
+    }
+    rows = {key: [] for key in paper}
+    for row in rows_of(name):
+        rows[row.get("prompt_type"), row["model_type"]].append(row)
+    assert set(map(len, rows.values())) == {60}
+
+    @functools.cache
+    def figure(key, but):
+        return METRICS[name]([row for i, row in enumerate(rows[key]) if i != but])
+
+    print(f"\n{name}: prompt, model, ours, the paper's, their difference in standard errors")
+    errors = []
+    for key in paper:
+        ours, error = jackknife(functools.partial(figure, key))
+        errors.append((ours - paper[key]) / error)
+        print(f"  {key[0] or '':18} {key[1]:15} {ours:8.3f} {paper[key]:8.3f} {errors[-1]:6.1f}")
+    gap, error = jackknife(lambda but: statistics.mean(figure(key, but) - paper[key] for key in paper))
+    print(f"  mean difference {gap:.3f} ± {error:.3f}")
+    return errors, gap / error
+
+
+@real
+@pytest.mark.parametrize("name", [name for name in PAPER if name != "tldr"])
+def test_the_papers_samples_give_the_papers_figures(name, monkeypatch):
+    for slow in ("f1", "mteval_words"):
+        monkeypatch.setattr(findings, slow, functools.cache(getattr(findings, slow)))
+    errors, of_mean = compare(name)
+    assert max(map(abs, errors)) < 3.6 and abs(of_mean) < 3
+
+
+@real
+def test_the_row_printed_for_tldr_is_not_of_its_samples(monkeypatch):
+    """The table prints one row for both summarisation tasks: ours is far below it for all models, so it is the
+    row of CNN/DM, whose samples were not published, or another ROUGE than the usual F-measure. What ROUGE-L is,
+    rouge-score says below."""
+    monkeypatch.setattr(findings, "rouge_l", functools.cache(findings.rouge_l))
+    errors, of_mean = compare("tldr")
+    assert max(errors) < -2 and of_mean < -5
+
+
+# ------------------------------------------------------------------------------------------------------------
+# the well-kept implementations, where they are installed
+
+
+def texts():
+    """Pairs of texts: some by hand, some of signs at random, the published ones where they are."""
+    rng, signs = random.Random(0), "ab 12.,-'\"&;<>[]`~{}()!/:@é٣\n_$%A"
+    drawn = ["".join(rng.choices(signs, k=rng.randint(0, 40))) for _ in range(400)]
+    drawn += ["He said: &quot;1,000.5&quot; - 3-4 ...", "a-\nb 3.a .3 <skipped>x", "İstanbul's naïve café", "", "the"]
+    if DATA and os.path.isdir(FOLDER):
+        for name in ("fr_to_en", "squadv2", "tldr"):
+            drawn += [row[key] for row in rows_of(name)[::7] for key in ("sample", "ref_text")]
+    return list(itertools.pairwise(drawn))
+
+
+def test_bleu_is_that_of_sacrebleu():
+    """Its default: the tokenisation 13a, case counts; the smoothing of texts too short for BLEU is left out."""
+    sacrebleu = pytest.importorskip("sacrebleu")
+    pairs = texts()
+    options = dict(smooth_method="none")
+    for said, right in ([*zip(*pairs)], [*zip(*pairs[::-3])]):
+        theirs = sacrebleu.corpus_bleu(said, [right], **options).score
+        assert 100 * findings.bleu(said, right) == pytest.approx(theirs, abs=1e-9) and theirs > 0.5
+    for said, right in pairs:
+        theirs = sacrebleu.sentence_bleu(said, [right], **options, use_effective_order=False).score
+        assert 100 * findings.bleu(said, right) == pytest.approx(theirs, abs=1e-9)
+
+
+def test_rouge_l_is_that_of_rouge_score():
+    rouge_score = pytest.importorskip("rouge_score.rouge_scorer")
+    scorer = rouge_score.RougeScorer(["rougeL"])
+    for said, right in texts():
+        theirs = scorer.score(right, said)["rougeL"].fmeasure
+        assert findings.rouge_l(said, right) == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("said, right, expected", [  # by hand, as SQuAD's own script normalises
+    ("$49,570", "49570", 1.0),  # signs go, without a space in their place
+    ("Thirty-three", "thirty three", 0.0),
+    ("56-yard", "56|56-yard".split("|")[1], 1.0),
+    ("Not in background.", "not in the background", 1.0),
+    ("1912", "In 1912", 2 / 3),  # a number is one word, not four digits
+    ("Bürgi", "burgi", 0.0), ("naïve café", "Naïve Café!", 1.0),  # letters of any language
+    ("theory", "the ory", 0.0),  # an article is a whole word
+    ("The", "", 1.0), ("", "x", 0.0),  # nothing left on both sides: the same
+])
+def test_f1_is_squads(said, right, expected):
+    assert findings.f1(said, right) == findings.f1(right, said) == pytest.approx(expected, abs=1e-12)
