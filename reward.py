@@ -17,10 +17,19 @@ Differs from the paper in:
        marks.
 
     python reward.py                  after python sft.py; 2.5 minutes on two CPU cores; writes reward.pt
+    python reward.py label --out=DIR  rank responses yourself, for --data; --demonstrate: write some
+    python reward.py agreement FILE FILE      of two labelers who ranked the same responses
 """
 
+import json
+import os
 import random
 import runpy
+import shutil
+import sys
+import textwrap
+import time
+import traceback
 import zlib
 from dataclasses import dataclass
 
@@ -124,9 +133,7 @@ def load_judge(config, tokenizer, rows, device):
     """What scores responses, by --reward -> judge, the reward model or None. judge: a function of
     tokens (B, T), prompt_lengths (B,), lengths (B,) that returns scores (B,). rows: the prompts."""
     if config.reward.endswith(".py"):
-        names = runpy.run_path(config.reward)
-        check("reward" in names, f"{config.reward} defines no function reward(prompts, responses)")
-        return text_judge(names["reward"], tokenizer), None
+        return text_judge(own_reward(config.reward), tokenizer), None
     made_by, path = 'run "python reward.py" first, or pass --reward=PATH', sft.where(config, "reward")
     reward_model, of_reward, _ = sft.load_reward(path, made_by, device)
     message = f"{path} has another encoding than the policy: train one of them again"
@@ -218,7 +225,7 @@ def train(run, start, tokenizer, groups, groups_valid, pairs, config):
 
 
 # ==================================================================================================
-# The bar: below it, where comparisons come from.
+# The bar: below it, where comparisons come from: programs, or people.
 # ==================================================================================================
 
 
@@ -271,16 +278,8 @@ def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
     for step in run:
         rng = random.Random(f"{name} {config.seed} {step}")
         chunk, rows = tasks[(step - 1) * CHUNK : step * CHUNK], []
-        count = lambda: rng.randint(config.k_min, config.k_max)
-        sources = [rng.choices(list(mixture), mixture.values(), k=count()) for _ in chunk]
-        sampled = sample_sources(policies, tokenizer, chunk, sources, config, run.generator)
-        for i, task in enumerate(chunk):
-            responses = {}  # every different one once, none empty: noise would rank equal ones
-            for j, source in enumerate(sources[i]):
-                text, ids = sampled.get((i, j)) or written(world, source, task, tasks, tokenizer, rng)
-                responses.pop(text, None)
-                if text.strip():
-                    responses[text] = source, ids
+        sampled = respond(chunk, tasks, policies, tokenizer, world, config, mixture, rng, run.generator)
+        for task, responses in zip(chunk, sampled):
             if len(responses) < 2:
                 continue
             texts, labeler = list(responses), rng.choice(labelers)
@@ -294,6 +293,22 @@ def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
         run.write(rows)
     run.finish()
     return data.read_jsonl(run.log_path)
+
+
+def respond(chunk, tasks, policies, tokenizer, world, config, mixture, rng, generator):
+    """Yields for each of some tasks its K responses {text: (source, sampled ids)}: every different one
+    once, none empty, for noise would rank equal ones; so there may be fewer. tasks: all there are."""
+    count = lambda: rng.randint(config.k_min, config.k_max)
+    sources = [rng.choices(list(mixture), mixture.values(), k=count()) for _ in chunk]
+    sampled = sample_sources(policies, tokenizer, chunk, sources, config, generator)
+    for i, task in enumerate(chunk):
+        responses = {}
+        for j, source in enumerate(sources[i]):
+            text, ids = sampled.get((i, j)) or written(world, source, task, tasks, tokenizer, rng)
+            responses.pop(text, None)
+            if text.strip():
+                responses[text] = source, ids
+        yield responses
 
 
 def sample_sources(policies, tokenizer, chunk, sources, config, generator):
@@ -323,5 +338,179 @@ def written(world, source, task, tasks, tokenizer, rng):
     return text, tokenizer.encode(text) + [tokenizer.eot]
 
 
+def own_reward(path):
+    """The function of --reward=FILE.py: the errors of somebody else's code in one line each."""
+    def called(function, *given):
+        try:
+            return function(*given)
+        except Exception as why:
+            lines = [at.lineno for at in traceback.extract_tb(why.__traceback__) if at.filename == path]
+            place, said = ":".join([path, *map(str, lines[-1:])]), " ".join(str(why).split())
+            raise SystemExit(f"{place}: {type(why).__name__}: {said}") from why
+
+    function = called(runpy.run_path, path).get("reward")
+    check(callable(function), f"{path} defines no function reward(prompts, responses)")
+    return lambda *texts: called(lambda: list(map(float, function(*texts))))
+
+
+# --------------------------------------------------------------------------------------------------
+# people in the loop
+
+FIELDS = """fails_to_follow inappropriate hallucination satisfies_constraint sexual violent encourages_harm
+denigrates harmful_advice opinion moral_judgement""".split()  # of Table 3
+
+
+@dataclass
+class LabelConfig(Config):
+    out: str = "labels"  # the folder of what people write
+    from_: str = "out"  # the models; --sft is the one that responds
+    prompts: str = ""  # a file of rows with prompt; '' is prompts.jsonl of --data, or the world
+    labeler: str = "me"
+    demonstrate: bool = False  # write responses in place of ranking some
+    fields: bool = False  # ask for a rating of the best response and for Table 3
+
+
+def parse_ranking(text, count):
+    """A ranking of responses a, b, .. as people write one -> ranks: "d > c > a = b" has [3, 3, 2, 1].
+    Raises ValueError unless each of the `count` letters stands in it once."""
+    letters, ranks = [chr(ord("a") + i) for i in range(count)], {}
+    for rank, tied in enumerate(text.lower().split(">"), 1):
+        for letter in map(str.strip, tied.split("=")):
+            if letter not in letters or letter in ranks:
+                raise ValueError(f'"{letter}": write each of {" ".join(letters)} once, as in b > a = c')
+            ranks[letter] = rank
+    if len(ranks) < count:
+        raise ValueError(f"left out: {' '.join(x for x in letters if x not in ranks)}")
+    return [ranks[letter] for letter in letters]
+
+
+def parse_fields(text):
+    """Numbers, "6 2 11" -> a rating, and which FIELDS hold: a dict. Raises ValueError for a slip."""
+    rating, *places = [int(word) if word.isdecimal() else 0 for word in text.split()] or [0]
+    if rating not in range(1, 8) or not all(place in range(1, len(FIELDS) + 1) for place in places):
+        raise ValueError(f'"{text}": write a rating of 1 to 7, and the numbers of what holds, as in 6 2 11')
+    return dict(rating=rating, fields=[FIELDS[place - 1] for place in places])
+
+
+def ask(question, parse):
+    """-> parse(what is typed), after one line on each slip (ValueError); s, u and q as they are."""
+    while True:
+        try:
+            text = input(question + "\n" * (not sys.stdin.isatty())).strip()
+            return text if text in ("s", "u", "q") else parse(text)
+        except ValueError as slip:
+            print(slip)
+        except (EOFError, KeyboardInterrupt):
+            return "q"
+
+
+def show(head, text):
+    """Prints a text of any lines behind a head, in the width of the terminal; 80 in a pipe."""
+    for line in text.expandtabs(4).splitlines():
+        line = "".join(c if c.isprintable() else "\ufffd" for c in line)  # a terminal obeys some
+        margin = dict(initial_indent=head, subsequent_indent=" " * len(head))
+        print(textwrap.fill(line, shutil.get_terminal_size().columns, **margin) or head)
+        head = " " * len(head)
+
+
+def label(config):
+    """Ask a person for rankings, into comparisons.jsonl in --out, or with --demonstrate for responses, into
+    demonstrations.jsonl. Goes on behind the last row of this labeler; all get the same responses, of
+    COLLECTED in the world, elsewhere of the model alone."""
+    config.from_ = "" if config.demonstrate else config.from_  # needs no model
+    sft.check_config(config)
+    name = "demonstrations.jsonl" if config.demonstrate else "comparisons.jsonl"
+    path, device = os.path.join(config.out, name), sft.get_device(config.device)
+    for other in (f"{path}.gz", path.replace(".jsonl", ".pt")):  # read in its place; of a run that logs there
+        check(not os.path.exists(other), f"{other} is there: choose another --out for what people write")
+    for file in (sys.stdin, sys.stdout):
+        file.reconfigure(errors="replace")  # bytes that are no text
+
+    # 1. prompts, and who responds
+    prompts = config.prompts or config.data and os.path.join(config.data, "prompts.jsonl")
+    of_world = lambda: data.load("", config.scale, config.seed)["comparison_prompts"]
+    tasks, world, policies = data.read_jsonl(prompts, "prompt") if prompts else of_world(), data.World(), {}
+    if not config.demonstrate:
+        made_by = 'run "python ppo.py" first, or pass --from=DIR or --sft=PATH'
+        for source in ("sft",) if prompts else ("base", "sft"):
+            policy, tokenizer, _ = sft.load_policy(sft.where(config, source), made_by, device)
+            policies[source] = policies["hot"] = policy  # the last is the supervised model
+        tasks = data.encode_prompts(tokenizer, tasks, policy.config.block_size - config.max_new_tokens)
+    mixture = {s: share for s, share in COLLECTED.items() if s in policies or not prompts}
+
+    # 2. go on behind the last row. The file is written anew each time: a kill leaves the old or the new
+    read = lambda: data.read_jsonl(path, *data.DATASETS[name]) if os.path.exists(path) else []
+    write = lambda rows: sft.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    is_mine = lambda row: row.get("labeler") == config.labeler
+    places = {task["prompt"]: i for i, task in enumerate(tasks)}
+    place, answer = max((places.get(row["prompt"], -1) + 1 for row in filter(is_mine, read())), default=0), ""
+    print(f"{path}: {len(tasks) - place} prompts are left; s skips, u takes the last row back, q ends")
+    while answer != "q" and place < len(tasks):
+        # 3. show and ask
+        task, started, answer = tasks[place], time.monotonic(), "s"
+        row = {key: task[key] for key in ("prompt", "user", "category") if key in task}
+        of_text = lambda text: data.check_row(dict(response=text.replace("\\n", "\n")), "response")
+        questions = [("response, \\n for a new line: ", of_text)]
+        if policies:
+            luck = random.Random(f"label {config.seed} {place}"), torch.Generator(device).manual_seed(place)
+            [found] = respond([task], tasks, policies, tokenizer, world, config, mixture, *luck)
+            texts = random.Random(f"{config.labeler} {place}").sample(list(found), len(found))
+            sources, model_path = [found[text][0] for text in texts], sft.where(config, "sft")
+            row.update(responses=texts, sources=sources, model=model_path)
+            ranks = lambda text: dict(ranks=parse_ranking(text, len(texts)))
+            questions = [("ranking: ", ranks)] if len(texts) > 1 else []  # nothing to rank
+        if config.fields and questions:
+            fields = "  ".join(f"{i} {field}" for i, field in enumerate(FIELDS, 1))
+            question = f"{textwrap.fill(fields)}\nrating of the best, what holds for it: "
+            questions.append((question, parse_fields))
+        print()
+        show(f"[{place + 1} of {len(tasks)}] ", row["prompt"])
+        for i, text in enumerate(row.get("responses", ())):
+            show(f"  {chr(ord('a') + i)}  ", text)
+        for question, parse in questions:
+            answer = ask(question, parse)
+            if isinstance(answer, str):
+                break
+            row.update(answer)
+        # 4. keep the row, or take one back
+        if answer == "u":
+            rows = read()
+            for i in [i for i, other in enumerate(rows) if is_mine(other)][-1:]:
+                place = places.get(rows.pop(i)["prompt"], place)
+                write(rows)
+        elif answer != "q":
+            place += 1
+            row.update(labeler=config.labeler, seconds=round(time.monotonic() - started, 1))
+            if answer != "s":
+                write([*read(), row])
+
+
+def agreement(*paths):
+    """Two files of comparisons -> of the pairs of responses that neither ties, the share that both rank
+    alike, half of its 95% interval; printed (InstructGPT, sec. 3.4)."""
+    check(len(paths) == 2, "say agreement FILE FILE: comparisons.jsonl of two labelers")
+    rows = [data.read_jsonl(path, *data.DATASETS["comparisons.jsonl"]) for path in paths]
+    both = [{row["prompt"]: dict(zip(row["responses"], row["ranks"])) for row in of} for of in rows]
+    counts = [[0, 0, 0]]  # of a prompt: pairs ranked alike, pairs without a tie, pairs
+    for prompt in both[0].keys() & both[1].keys():
+        texts = both[0][prompt].keys() & both[1][prompt].keys()
+        first, second = (pairs_of(torch.tensor([[ranks[prompt][text] for text in texts]])) for ranks in both)
+        alike, opposite = int((first & second).sum()), int((first & second.mT).sum())
+        counts.append([alike, alike + opposite, len(texts) * (len(texts) - 1) // 2])
+    alike, clear, pairs = map(sum, zip(*counts))
+    check(clear, f"{' and '.join(paths)}: no pair of responses that both rank, without a tie")
+    share = alike / clear
+    half = 1.96 * sum((k - share * n) ** 2 for k, n, _ in counts) ** 0.5 / clear  # over prompts
+    of = f"{clear} pairs in {len(counts) - 1} prompts, without {pairs - clear} that somebody ties"
+    print(f"agreement {share:.3f} ± {half:.3f}: {of} (the paper's labelers: 0.726 ± 0.015)")
+    return share, half
+
+
 if __name__ == "__main__":
-    sft.start(main, Config, SCALES)
+    if sys.argv[1:2] == ["agreement"]:
+        agreement(*sys.argv[2:])
+    elif sys.argv[1:2] == ["label"]:
+        sys.argv.pop(1)
+        sft.start(label, LabelConfig, SCALES)
+    else:
+        sft.start(main, Config, SCALES)

@@ -51,7 +51,7 @@ PAPER = {  # Table 14, in the order of MODELS; the second key is the file's name
         "biased prompt": ".250 .261 .285 .236 .250 .256 .254 .382 .427 .263 .512 .400",
     },
     # the rows "instruction" and "QA + instruction" of the table are those of the other prompt in the file: as
-    # the file names them, 13 of these 48 figures are 3.6 to 11 standard errors off, exchanged none
+    # the file names them, 12 of these 48 figures are 4 to 11 standard errors off; exchanged, none is 3.6
     "truthful_qa true": {
         "QA prompt": ".312 .220 .284 .324 .436 .515 .546 .586 .755 .297 .476 .712",
         "QA + instruction": ".340 .414 .570 .360 .756 .665 .634 .928 .879 .355 .733 .815",
