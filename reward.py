@@ -447,7 +447,7 @@ def label(config):
     print(f"{path}: {len(tasks) - place} prompts are left; s skips, u takes the last row back, q ends")
     while answer != "q" and place < len(tasks):
         # 3. show and ask
-        task, started, answer = tasks[place], time.monotonic(), "s"
+        task, answer = tasks[place], "s"
         row = {key: task[key] for key in ("prompt", "user", "category") if key in task}
         of_text = lambda text: data.check_row(dict(response=text.replace("\\n", "\n")), "response")
         questions = [("response, \\n for a new line: ", of_text)]
@@ -467,6 +467,7 @@ def label(config):
         show(f"[{place + 1} of {len(tasks)}] ", row["prompt"])
         for i, text in enumerate(row.get("responses", ())):
             show(f"  {chr(ord('a') + i)}  ", text)
+        started = time.monotonic()
         for question, parse in questions:
             answer = ask(question, parse)
             if isinstance(answer, str):
