@@ -159,6 +159,7 @@ def texts():
     rng, signs = random.Random(0), "ab 12.,-'\"&;<>[]`~{}()!/:@é٣\n_$%A"
     drawn = ["".join(rng.choices(signs, k=rng.randint(0, 40))) for _ in range(400)]
     drawn += ["He said: &quot;1,000.5&quot; - 3-4 ...", "a-\nb 3.a .3 <skipped>x", "İstanbul's naïve café", "", "the"]
+    drawn += ["The cat sat on the mat.", "the cat sat on a mat, and slept.", "On the mat, the cat sat on the mat."] * 9
     if DATA and os.path.isdir(FOLDER):
         for name in ("fr_to_en", "squadv2", "tldr"):
             drawn += [row[key] for row in rows_of(name)[::7] for key in ("sample", "ref_text")]
@@ -198,3 +199,12 @@ def test_rouge_l_is_that_of_rouge_score():
 ])
 def test_f1_is_squads(said, right, expected):
     assert findings.f1(said, right) == findings.f1(right, said) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("text, words", [  # by hand, from WMT's mteval-v13a
+    ("Great article, thanks!", "Great article , thanks !"), ("1,000.5 or .5, and 3-4", "1,000.5 or . 5 , and 3 - 4"),
+    ("don't, well-known U.S.", "don't , well-known U . S ."), ("&quot;a&quot; &amp; (b)", '" a " & ( b )'),
+    ("Café...\nÉté", "Café . . . Été"), ("a-\nb", "ab"),
+])
+def test_the_words_of_bleu(text, words):
+    assert findings.mteval_words(text) == words.split()
