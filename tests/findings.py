@@ -374,8 +374,9 @@ class Chain(eval.Models):
 
     def sft_epochs(self):
         """10. SFT's loss on held-out demonstrations is best early, its score and gold still rise: from the
-        epoch of the best loss to the last; score and gold of greedy samples (App. C.1). Paper: epochs 1, 16."""
-        pairs, found = self.encoded(self.datasets["demonstrations_valid"], data.encode_pairs), {}
+        epoch of the best loss to the last; on test prompts (App. C.1). Paper: epochs 1, 16."""
+        rows = data.demonstrate(self.world, self.items, "valid", random.Random(0))
+        pairs, found = self.encoded(rows, data.encode_pairs), {}
         for epoch in self.by_epoch:
             policy = self.policies[f"epoch {epoch}"] = self.load("sft", epoch)
             totals, counts = eval.response_logprobs(policy, pairs, self.device)
@@ -383,8 +384,7 @@ class Chain(eval.Models):
                 "loss": (-totals / counts).tolist(), "gold": self.golds(f"epoch {epoch}"),
                 "score": self.scores(self.prompts, self.responses(f"epoch {epoch}")),
             }
-        best, *_, last = sorted(found, key=lambda epoch: statistics.mean(found[epoch]["loss"]))
-        last = list(found)[-1]
+        best, last = min(found, key=lambda epoch: statistics.mean(found[epoch]["loss"])), list(found)[-1]
         claims = order(found, "loss", best, last) | order(found, "score", best, last)
         return found, "loss", claims | order(found, "gold", best, last)
 
