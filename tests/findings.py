@@ -743,7 +743,7 @@ def as_markdown(kept):
 
 # the figures: of a finding the columns, panel by panel; and what the paper has for a row, drawn as crosses
 FIGURES = {
-    2: ["win"], 4: ["both"], 6: ["rude"], 8: ["tasks", "gold"], 12: ["score", "gold"],
+    1: ["gold", "win"], 2: ["win"], 4: ["both"], 6: ["rude"], 8: ["tasks", "gold"], 12: ["score", "gold"],
     15: ["fails_to_follow", "satisfies_constraint", "hallucination", "inappropriate"],
 }
 PAPER = {  # Figure 1 and Table 14, 175B
