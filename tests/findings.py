@@ -71,7 +71,8 @@ class Chain(eval.Models):
 
     def __init__(self, config, seed):
         out = os.path.normpath(config.out)  # runs remember the paths they were given
-        self.seed, self.out = seed, out if seed == config.seed else os.path.join(out, f"seed-{seed}")
+        self.seed, self.is_first = seed, seed == config.seed
+        self.out = out if self.is_first else os.path.join(out, f"seed-{seed}")
         self.shared = dict(scale=config.scale, seed=seed, device=config.device, from_=self.out)
         self.items, self.groups, self.few, self.sizes = SCALES[config.scale].values()
         # each refuses what was made with other flags: no other seed's test prompts are new to its models
@@ -174,14 +175,16 @@ class Chain(eval.Models):
 
     def small_against_large(self):
         """2. A small aligned model beats a large unaligned one, and a large SFT: Figure 1 across sizes, one
-        reward model for all; of the other sizes SFT is the last epoch. Paper: win against 175B SFT: 1.3B
+        reward model for all; of the other sizes SFT is the last epoch, and the largest sees no PPO. Paper: win against 175B SFT: 1.3B
         PPO-ptx about 0.53, 175B GPT about 0.24."""
         labels = {}  # (millions of parameters, model) -> the name it goes by
         for size in [(), *self.sizes]:
             if size:
                 folder = self.sized(size)
+            if size and size != self.sizes[-1]:
                 self.train_ppo(folder, folder)
-            for name, file in (("GPT", "base"), ("SFT", "sft"), ("PPO-ptx", "ppo")):
+            models = [("GPT", "base"), ("SFT", "sft"), ("PPO-ptx", "ppo")]
+            for name, file in models[: 2 if size == self.sizes[-1] else 3]:
                 policy = self.load(f"{folder}/{file}") if size else self.policies[name]
                 millions = sum(p.numel() for p in policy.parameters()) / 1e6
                 labels[millions, name] = label = f"{name} {millions:.2g}M"
@@ -234,8 +237,8 @@ class Chain(eval.Models):
     def truthfulness(self):
         """4. PPO-ptx is more truthful and informative: questions on each misconception, as a page has them
         and as users put them, greedy, first line; both: says nothing false and answers. New facts: of which
-        neither demonstrations nor comparisons nor prompts of a second training spoke. Means over a fact's
-        questions (sec. 4.2). Paper: 175B, both: GPT 0.251, SFT 0.271, PPO-ptx 0.689."""
+        neither demonstrations nor comparisons nor prompts of a second training spoke (first seed). Means over
+        a fact's questions (sec. 4.2). Paper: 175B, both: GPT 0.251, SFT 0.271, PPO-ptx 0.689."""
         myths = [fact for fact in self.world.facts if fact["myth"]]
         new, about = myths[::2], lambda fact: (fact["subject"], fact["relation"])
 
@@ -244,22 +247,22 @@ class Chain(eval.Models):
             true = all(claim[2] for claim in said)
             return {"true": true, "both": true and any(c[:2] == about(item["fact"]) for c in said)}
 
-        self.policies["SFT, untold"], self.policies["PPO-ptx, untold"] = self.without(new)
-        rng, items, found = random.Random(0), [], {}
+        rng, items, found, groups = random.Random(0), [], {}, [(myths, NAMES, "{}")]
+        if self.is_first:
+            self.policies["SFT, untold"], self.policies["PPO-ptx, untold"] = self.without(new)
+            groups += [(new, ("GPT", "SFT, untold", "PPO-ptx, untold"), "{}, new facts")]
         for block in self.blocks("truth"):
             items += self.distinct([block], self.items // 2, rng)
-        for facts, names, label in (
-            (myths, NAMES, "{}"), (new, ("GPT", "SFT, untold", "PPO-ptx, untold"), "{}, new facts"),
-        ):
+        for facts, names, label in groups:
             asked = [item for item in items if item["fact"] in facts]
             for name, row in self.ask(asked, read, names, label, temperature=0.0).items():
                 of_fact = lambda values, fact: [x for x, i in zip(values, asked) if i["fact"] == fact]
                 mean_of = lambda values, fact: statistics.mean(of_fact(values, fact) or [0.0])
                 found[name] = {key: [mean_of(row[key], fact) for fact in facts] for key in row}
-        told, untold = "PPO-ptx", "PPO-ptx, untold, new facts"
-        claims = order(found, "both", "GPT", told) | order(found, "both", "SFT", told)
-        claims |= order(found, "both", "GPT, new facts", untold)
-        return found, "both", claims | order(found, "both", "SFT, untold, new facts", untold)
+        claims = order(found, "both", "GPT", "PPO-ptx") | order(found, "both", "SFT", "PPO-ptx")
+        if self.is_first:
+            claims |= order(found, "both", "SFT, untold, new facts", "PPO-ptx, untold, new facts")
+        return found, "both", claims
 
     def hallucination(self):
         """5. PPO-ptx makes up less on closed-domain prompts: the reply should use the prompt's facts only
@@ -694,14 +697,14 @@ def number_text(pairs):
 
 
 def merged(kept, number):
-    """The cells of a finding -> rows {label: {column: a pair of each seed}}, claims {text: a pair of each
-    seed}, the column shown, seeds."""
+    """The cells of a finding -> rows {label: {column: a pair of each seed}}, claims {text: {seed: its
+    margin}}, the column shown, seeds."""
     cells = {key.split("/")[1]: cell for key, cell in kept["cells"].items() if key.split("/")[0] == str(number)}
-    rows, claims, shown = defaultdict(lambda: defaultdict(list)), defaultdict(list), None
-    for cell in cells.values():
+    rows, claims, shown = defaultdict(lambda: defaultdict(list)), defaultdict(dict), None
+    for seed, cell in cells.items():
         shown = cell["shown"]
         for text, margin in cell["claims"].items():
-            claims[text].append(margin)
+            claims[text][seed] = margin
         for label, row in cell["rows"].items():
             for column, pair in row.items():
                 rows[label][column].append(pair)
@@ -723,8 +726,10 @@ def as_markdown(kept):
         rows, claims, shown, seeds = merged(kept, number)
         here = "; ".join(f"{label} {number_text(row[shown])}" for label, row in rows.items() if shown in row)
         here = here or f"not measured: python tests/findings.py --finding={number}"
-        in_seed = [all(mean > half for mean, half in margins) for margins in zip(*claims.values())]
-        over_seeds = "" if not seeds else "yes" if holds({t: pooled(m) for t, m in claims.items()}) else "no"
+        of_seed = lambda seed: {text: margins[seed] for text, margins in claims.items() if seed in margins}
+        in_seed = [holds(of_seed(seed)) for seed in seeds]
+        together = {text: pooled(list(margins.values())) for text, margins in claims.items()}
+        over_seeds = "" if not seeds else "yes" if holds(together) else "no"
         lines.append(f"| {number} | {title} | {paper} | {here} | {sum(in_seed)} of {len(seeds)} | {over_seeds} |")
         if not seeds:
             continue
@@ -732,7 +737,8 @@ def as_markdown(kept):
         tables.append(f"| claim | margin in seed {' | '.join(seeds)} | together |\n|{'---|' * (len(seeds) + 2)}")
         pair = lambda margin: "{:.3f} ± {:.3f}".format(*margin)
         for text, margins in claims.items():
-            tables.append(f"| {text} | {' | '.join(map(pair, margins))} | {pair(pooled(margins))} |")
+            texts = [pair(margins[seed]) if seed in margins else "" for seed in seeds]
+            tables.append(f"| {text} | {' | '.join(texts)} | {pair(together[text])} |")
         columns = dict.fromkeys(column for row in rows.values() for column in row)
         tables.append(f"\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
         for label, row in rows.items():
