@@ -413,31 +413,38 @@ class Chain(eval.Models):
         claims = order(found, "rise", "K-wise", "pairs")
         return found, "valid loss", claims | order(found, "valid loss", "K-wise", "pairs")
 
+    def unchecked(self, name, path):
+        """PPO without ptx and without a KL penalty on this reward model, half the episodes of the main job:
+        the policy of this name."""
+        episodes = self.settings(ppo).episodes // 2
+        flags = dict(ptx_coef=0.0, beta=0.0, reward=path, episodes=episodes)
+        self.train_ppo(name, f"{name},beta=0".replace(" ", "-"), **flags)
+
     def weak_judge(self):
-        """A reward model of few of the main job's comparisons -> it, its path; and where PPO without ptx and
-        without a KL penalty ends with it: policy "weak"."""
+        """A reward model of few of the main job's comparisons -> it; and the policy "weak", unchecked."""
         groups, valid = self.comparisons()
         weak, path = self.train_reward("weak", groups[: self.groups], valid)
-        self.train_ppo("weak", "weak,beta=0", ptx_coef=0.0, beta=0.0, reward=path)
-        return weak, path
+        self.unchecked("weak", path)
+        return weak
 
     def overoptimisation(self):
         """12. Too much optimisation of a proxy costs gold: score and gold over the KL from the start, for PPO
         without ptx (in its rollouts) and for best-of-n (on test prompts); with the main job's reward model,
         with a weak one that learnt from few of its comparisons, and with a small one. Paper: none; Gao et
         al. 2022."""
-        (weak, weak_path), (groups, valid) = self.weak_judge(), self.comparisons()
-        folder = self.sized(self.sizes[0])
-        small, small_path = self.train_reward(f"{folder}/judge", groups, valid, start=f"{folder}/sft")
-        proxies = {"reward model": self.judge, "weak": reward.model_judge(weak), "small": reward.model_judge(small)}
-        runs = [("plain", "reward model", dict(beta=self.settings(ppo).beta))]
-        runs += [("beta=0.0", "reward model", dict(beta=0.0)), ("weak,beta=0", "weak", dict(beta=0.0, reward=weak_path))]
-        runs += [("small,beta=0", "small", dict(beta=0.0, reward=small_path))]
+        weak, folder, (groups, valid) = self.weak_judge(), self.sized(self.sizes[0]), self.comparisons()
+        small, path = self.train_reward(f"{folder}/judge", groups, valid, start=f"{folder}/sft")
+        self.unchecked("small", path)
+        self.train_ppo("PPO, beta 0.0", "beta=0.0", ptx_coef=0.0, beta=0.0)  # of finding 8 too
+        judges = {"reward model": self.judge, "weak": reward.model_judge(weak)}
+        judges |= {"small": reward.model_judge(small)}
+        runs = [("plain", "reward model", self.settings(ppo).beta), ("beta=0.0", "reward model", 0.0)]
+        runs += [("weak,beta=0", "weak", 0.0), ("small,beta=0", "small", 0.0)]
         found, claims, keys = {}, {}, ("kl", "score", "gold")
-        for name, proxy, flags in runs:
-            self.train_ppo(name, name, ptx_coef=0.0, **flags)
+        for name, proxy, beta in runs:
             log = data.read_jsonl(os.path.join(self.out, name, "ppo.jsonl"))
-            size, run = -(-len(log) // 12), f"PPO, beta {flags['beta']:g}, {proxy}"
+            log = [row for row in log if row["episodes"] <= self.settings(ppo).episodes // 2]
+            size, run = -(-len(log) // 12), f"PPO, beta {beta:g}, {proxy}"
             parts = [log[i : i + size] for i in range(0, len(log), size)]
             for part in parts:
                 found[f"{run}: {part[-1]['episodes']}"] = {key: [row[key] for row in part] for key in keys}
@@ -455,7 +462,7 @@ class Chain(eval.Models):
         prompts = [task["prompt"] for task in tasks]
         given = self.respond("PPO init", prompts)
         golds = [self.world.gold(task, text)["gold"] for task, (text, _) in zip(tasks, given)]
-        for proxy, judge in proxies.items():
+        for proxy, judge in judges.items():
             scores = eval.scores(judge, self.tokenizer, prompts, given, self.device)
             samples = [(scores[i : i + 64], golds[i : i + 64]) for i in range(0, len(scores), 64)]
             for n in (1, 2, 4, 8, 16, 32, 64):
@@ -468,7 +475,7 @@ class Chain(eval.Models):
         """13. A second round of comparisons mends what a policy exploits: where the weak reward model was
         over-optimised, comparisons of that policy's samples are added, and PPO starts anew; beside it, as
         many more of the first kind (sec. 3.1; an extra). Paper: no figures."""
-        _, path = self.weak_judge()
+        self.weak_judge()
         tasks = self.datasets["comparison_prompts"][self.groups : 2 * self.groups]
         tasks = data.encode_prompts(self.tokenizer, tasks, self.limit)
         policies, config = dict(sft=self.policies["weak"]), self.settings(reward, "round-2")
@@ -478,11 +485,12 @@ class Chain(eval.Models):
         both = first[: self.groups] + self.encoded(rows)
         for name, groups in (("round 2", both), ("more of round 1", first[: 2 * self.groups])):
             _, path = self.train_reward(name.replace(" ", "-"), groups, valid)
-            self.train_ppo(name, f"{name.replace(' ', '-')},beta=0", ptx_coef=0.0, beta=0.0, reward=path)
+            self.unchecked(name, path)
         found = self.ask_users(("weak", "more of round 1", "round 2"))
         for row in found.values():
-            row["win against round 1"] = eval.compare(row["gold"], self.golds("weak"))
-        return found, "gold", order(found, "gold", "weak", "round 2") | order(found, "gold", "more of round 1", "round 2")
+            row["win against weak"] = eval.compare(row["gold"], self.golds("weak"))
+        claims = order(found, "gold", "weak", "round 2")
+        return found, "gold", claims | order(found, "gold", "more of round 1", "round 2")
 
     def heldout_kinds(self):
         """14. It follows instructions of kinds it was not trained on: no stage has seen them, a second

@@ -258,7 +258,7 @@ def test_findings_have_the_rows_that_they_promise(report):
     episodes = [int(label.split(": ")[1]) for label in rows[12] if label.startswith("PPO, beta 0, weak: ")]
     assert episodes == sorted(set(episodes)) and len(episodes) in range(4, 13)  # at most twelfths of a run
     itself = rows[1]["SFT"]["win"], rows[9]["PPO-ptx"]["PPO-ptx wins against it"]
-    assert itself == ([0.5, 0.0], [0.5, 0.0]) and rows[13]["weak"]["win against round 1"] == [0.5, 0.0]
+    assert itself == ([0.5, 0.0], [0.5, 0.0]) and rows[13]["weak"]["win against weak"] == [0.5, 0.0]
 
 
 def test_the_second_training_is_never_told_of_the_new_facts(report):
