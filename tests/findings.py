@@ -54,7 +54,8 @@ class Config:
 
 
 # items of a benchmark; comparisons in 11 to 13; episodes in 8; other sizes in 2: (layers, heads, width)
-# items of a benchmark; comparisons in 12 and 13, three times as many in 3, few in 11; sizes in 2: (layers, heads, width)
+# items of a benchmark; comparisons in 12 and 13, three times as many in 3, few in 11; sizes in 2:
+# (layers, heads, width)
 SCALES = dict(
     tiny=dict(items=4, groups=40, few=20, sizes=[(1, 2, 16), (2, 2, 32)]),
     cpu=dict(items=400, groups=1000, few=300, sizes=[(3, 4, 96), (4, 4, 192)]),
@@ -387,9 +388,11 @@ class Chain(eval.Models):
                 "loss": (-totals / counts).tolist(), "gold": self.golds(f"epoch {epoch}"),
                 "score": self.scores(self.prompts, self.responses(f"epoch {epoch}")),
             }
-        best, last = min(found, key=lambda epoch: statistics.mean(found[epoch]["loss"])), list(found)[-1]
-        claims = order(found, "loss", best, last) | order(found, "score", best, last)
-        return found, "loss", claims | order(found, "gold", best, last)
+        best = min(found, key=lambda epoch: statistics.mean(found[epoch]["loss"]))
+        two, claims = {"epoch of the best loss": found[best], "last": list(found.values())[-1]}, {}
+        for column in ("loss", "score", "gold"):
+            claims |= order(two, column, *two)
+        return found, "loss", claims
 
     def kwise_against_pairs(self):
         """11. Shuffled pairs overfit within one pass where K-wise batches do not: few prompts, as many pairs
@@ -691,7 +694,7 @@ def pooled(margins):
     """A margin of each seed -> mean, half-width of its 95% interval over seeds."""
     means = [mean for mean, _ in margins]
     if len(means) == 1:
-        return margins[0]
+        return tuple(margins[0])
     student = STUDENT.get(len(means), STUDENT[6])
     return statistics.mean(means), student * statistics.stdev(means) / math.sqrt(len(means))
 
