@@ -176,16 +176,18 @@ class Chain(eval.Models):
 
     def small_against_large(self):
         """2. A small aligned model beats a large unaligned one, and a large SFT: Figure 1 across sizes, one
-        reward model for all; of the other sizes SFT is the last epoch, and the largest sees no PPO. Paper: win against 175B SFT: 1.3B
-        PPO-ptx about 0.53, 175B GPT about 0.24."""
+        reward model for all; of the other sizes SFT is the last epoch, and the largest sees no PPO. Paper:
+        win against 175B SFT: 1.3B PPO-ptx about 0.53, 175B GPT about 0.24."""
         labels = {}  # (millions of parameters, model) -> the name it goes by
         for size in [(), *self.sizes]:
+            folder, files = "", {"GPT": "base", "SFT": "sft", "PPO-ptx": "ppo"}
             if size:
                 folder = self.sized(size)
-            if size and size != self.sizes[-1]:
+            if size == self.sizes[-1]:
+                del files["PPO-ptx"]
+            elif size:
                 self.train_ppo(folder, folder)
-            models = [("GPT", "base"), ("SFT", "sft"), ("PPO-ptx", "ppo")]
-            for name, file in models[: 2 if size == self.sizes[-1] else 3]:
+            for name, file in files.items():
                 policy = self.load(f"{folder}/{file}") if size else self.policies[name]
                 millions = sum(p.numel() for p in policy.parameters()) / 1e6
                 labels[millions, name] = label = f"{name} {millions:.2g}M"
@@ -225,10 +227,10 @@ class Chain(eval.Models):
         asked = {text.format(subject=f["subject"]) for f in facts for text in f["questions"]}
         asked |= {self.world.say(f, v).rstrip(".") for f in facts for v in self.world.values(f["relation"])}
         is_new = lambda row: not any(text in json.dumps(row) for text in asked)
-        kept = {part: [row for row in rows or () if is_new(row)] for part, rows in self.datasets.items()
-                if part in ("demonstrations", "prompts")}
+        rows = {part: self.datasets[part] for part in ("demonstrations", "prompts")}
         for part in ("comparisons", "comparisons_valid"):
-            kept[part] = [row for row in data.read_jsonl(f"{self.out}/{part}.jsonl") if is_new(row)]
+            rows[part] = data.read_jsonl(f"{self.out}/{part}.jsonl")
+        kept = {part: list(filter(is_new, of_part)) for part, of_part in rows.items()}
         with mock.patch.object(data, "load", return_value={**self.datasets, **kept}):
             sft.main(self.settings(sft, "new-facts"))
             reward.main(self.settings(reward, "new-facts"))
@@ -533,7 +535,8 @@ class Chain(eval.Models):
             found[name]["hallucination"] += row["hallucination"]
         claims = order(found, "fails_to_follow", "PPO-ptx", "GPT")
         claims |= order(found, "inappropriate", "PPO-ptx", "GPT")
-        claims |= order(found, "satisfies_constraint", "GPT", "PPO-ptx") | order(found, "Likert", "GPT", "PPO-ptx")
+        claims |= order(found, "satisfies_constraint", "GPT", "PPO-ptx")
+        claims |= order(found, "Likert", "GPT", "PPO-ptx")
         return found, "Likert", claims | apart(found, "hallucination", "PPO-ptx", "GPT")
 
 
@@ -710,7 +713,8 @@ def number_text(pairs):
 def merged(kept, number):
     """The cells of a finding -> rows {label: {column: a pair of each seed}}, claims {text: {seed: its
     margin}}, the column shown, seeds."""
-    cells = {key.split("/")[1]: cell for key, cell in kept["cells"].items() if key.split("/")[0] == str(number)}
+    parts = {tuple(key.split("/")): cell for key, cell in kept["cells"].items()}
+    cells = {seed: cell for (finding, seed), cell in parts.items() if finding == str(number)}
     rows, claims, shown = defaultdict(lambda: defaultdict(list)), defaultdict(dict), None
     for seed, cell in cells.items():
         shown = cell["shown"]
@@ -741,11 +745,13 @@ def as_markdown(kept):
         in_seed = [holds(of_seed(seed)) for seed in seeds]
         together = {text: pooled(list(margins.values())) for text, margins in claims.items()}
         over_seeds = "" if not seeds else "yes" if holds(together) else "no"
-        lines.append(f"| {number} | {title} | {paper} | {here} | {sum(in_seed)} of {len(seeds)} | {over_seeds} |")
+        verdict = f"{sum(in_seed)} of {len(seeds)} | {over_seeds}"
+        lines.append(f"| {number} | {title} | {paper} | {here} | {verdict} |")
         if not seeds:
             continue
         tables.append(f"\n## {number}. {title}\n\n{how}. Seeds {', '.join(seeds)}.\n")
-        tables.append(f"| claim | margin in seed {' | '.join(seeds)} | together |\n|{'---|' * (len(seeds) + 2)}")
+        tables.append(f"| claim | margin in seed {' | '.join(seeds)} | together |")
+        tables.append(f"|{'---|' * (len(seeds) + 2)}")
         pair = lambda margin: "{:.3f} ± {:.3f}".format(*margin)
         for text, margins in claims.items():
             texts = [pair(margins[seed]) if seed in margins else "" for seed in seeds]
