@@ -83,8 +83,7 @@ def pairs_of(ranks):
 
 
 def masked_scores(reward_model, tokens, mask):
-    """The scalar that has read each unmasked action, 0 elsewhere: tokens (B, T), mask (B, T-1) ->
-    (B, T-1), score units."""
+    """The scalar behind each unmasked action, else 0: tokens (B, T), mask (B, T-1) -> (B, T-1)."""
     scores = reward_model(tokens, where=F.pad(mask, (1, 0)))  # (N,)
     return torch.zeros(mask.shape, device=mask.device, dtype=scores.dtype).masked_scatter(mask, scores)
 
@@ -185,11 +184,9 @@ def main(config):
     rows, rows_valid = datasets["comparisons"], datasets.get("comparisons_valid")
     if rows is None:
         rows, rows_valid = collect_for_world(config, start, tokenizer, datasets)
-    groups, groups_valid = (
-        data.encode_comparisons(tokenizer, part, start.config.block_size) for part in (rows, rows_valid)
-    )
+    encode = lambda part: data.encode_comparisons(tokenizer, part, start.config.block_size)
     pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], start.config.block_size)
-    train(run, start, tokenizer, groups, groups_valid, pairs, config)
+    train(run, start, tokenizer, encode(rows), encode(rows_valid), pairs, config)
 
 
 def train(run, start, tokenizer, groups, groups_valid, pairs, config):
@@ -229,15 +226,13 @@ def train(run, start, tokenizer, groups, groups_valid, pairs, config):
 # ==================================================================================================
 
 
-# Where the responses to a prompt come from, and how often
-COLLECTED = dict(
+COLLECTED = dict(  # where the responses to a prompt come from, and how often
     sft=0.4,  # the supervised model at temperature 1
     hot=0.08,  # the same at temperature 1.3
     base=0.06,  # the base model, which knows no instructions
     labeler=0.14,  # a demonstration written for this prompt
     other=0.12,  # a good reply to another prompt
-    # a good reply with one mistake: a word changed, something left out or said twice, an insult, ...
-    spoiled=0.2,
+    spoiled=0.2,  # a good reply with one mistake: a word changed, something left out, an insult, ...
 )
 CHUNK = 256  # prompts sampled and labeled together
 
@@ -260,18 +255,13 @@ def collect_for_world(config, start, tokenizer, datasets):
 
 
 def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
-    """Sample K responses to each task from the mixture {source: weight}; one labeler ranks them -> rows,
-    which are the log of a run of its own, out/NAME.jsonl.
-
-    Rows: prompt, responses, ranks, labeler, user, category, and per response its source, its rating and
-    its sampled ids (a text encoded again may fall into other tokens than those that were sampled).
-    """
+    """Sample K responses to each task from the mixture {source: weight}; one labeler ranks them -> rows
+    of prompt, responses, ranks, labeler, user, category, and per response its source, rating and sampled
+    ids (a text encoded again may fall into other tokens); they are the log of a run, out/NAME.jsonl."""
     models = [policies[source].state_dict() for source in mixture if source in policies]
     weights = b"".join(w.cpu().numpy().tobytes() for weights in models for w in weights.values())
-    run = Run(
-        name, "comparisons", config, ("epochs", "batch", "lr", "grad_clip"), mixture=str(mixture),
-        weights_of_the_sources=zlib.crc32(weights),  # other samples, other comparisons
-    )
+    others = dict(mixture=str(mixture), weights_of_the_sources=zlib.crc32(weights))  # make other rows
+    run = Run(name, "comparisons", config, ("epochs", "batch", "lr", "grad_clip"), **others)
     if run.finished:
         return data.read_jsonl(run.log_path)
     run.begin(-(-len(tasks) // CHUNK))
@@ -279,9 +269,7 @@ def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
         rng = random.Random(f"{name} {config.seed} {step}")
         chunk, rows = tasks[(step - 1) * CHUNK : step * CHUNK], []
         sampled = respond(chunk, tasks, policies, tokenizer, world, config, mixture, rng, run.generator)
-        for task, responses in zip(chunk, sampled):
-            if len(responses) < 2:
-                continue
+        for task, responses in sampled:
             texts, labeler = list(responses), rng.choice(labelers)
             kept, ids = zip(*responses.values())
             judged = data.label(world, labeler, task, texts, rng)
@@ -296,11 +284,16 @@ def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
 
 
 def respond(chunk, tasks, policies, tokenizer, world, config, mixture, rng, generator):
-    """Yields for each of some tasks its K responses {text: (source, sampled ids)}: every different one
-    once, none empty, for noise would rank equal ones; so there may be fewer. tasks: all there are."""
+    """Yields some of the tasks, a chunk, each with its K responses {text: (source, sampled ids)}: every
+    different one once, none empty, for noise would rank equal ones; so fewer, and below 2 no task."""
     count = lambda: rng.randint(config.k_min, config.k_max)
     sources = [rng.choices(list(mixture), mixture.values(), k=count()) for _ in chunk]
-    sampled = sample_sources(policies, tokenizer, chunk, sources, config, generator)
+    sampled = {}  # by models: (task, place among its sources): (text, ids)
+    for source, temperature in (("sft", 1.0), ("hot", 1.3), ("base", 1.0)):
+        slots = [(i, j) for i, s in enumerate(sources) for j in range(len(s)) if s[j] == source]
+        prompts, length = [chunk[i]["ids"] for i, _ in slots], config.max_new_tokens
+        responses = data.sample(policies.get(source), tokenizer, prompts, length, temperature, generator)
+        sampled.update(zip(slots, responses))
     for i, task in enumerate(chunk):
         responses = {}
         for j, source in enumerate(sources[i]):
@@ -308,29 +301,14 @@ def respond(chunk, tasks, policies, tokenizer, world, config, mixture, rng, gene
             responses.pop(text, None)
             if text.strip():
                 responses[text] = source, ids
-        yield responses
-
-
-def sample_sources(policies, tokenizer, chunk, sources, config, generator):
-    """The responses that models give -> {(task, place among its sources): (text, ids)}."""
-    sampled = {}
-    for source, temperature in (("sft", 1.0), ("hot", 1.3), ("base", 1.0)):
-        slots = [(i, j) for i, s in enumerate(sources) for j in range(len(s)) if s[j] == source]
-        if slots:
-            responses = data.sample(
-                policies[source], tokenizer, [chunk[i]["ids"] for i, _ in slots],
-                config.max_new_tokens, temperature, generator,
-            )
-            sampled.update(zip(slots, responses))
-    return sampled
+        if len(responses) > 1:
+            yield task, responses
 
 
 def written(world, source, task, tasks, tokenizer, rng):
     """A response that no model wrote -> text, ids."""
-    if source == "labeler":
-        text = data.imperfect(world, task, rng)
-    elif source == "spoiled":
-        text = data.spoiled(world, task, rng)
+    if source in ("labeler", "spoiled"):
+        text = (data.imperfect if source == "labeler" else data.spoiled)(world, task, rng)
     else:
         others = rng.sample(tasks, min(40, len(tasks)))
         same = [other for other in others if other["category"] == task["category"]]
@@ -339,25 +317,22 @@ def written(world, source, task, tasks, tokenizer, rng):
 
 
 def own_reward(path):
-    """The function of --reward=FILE.py: the errors of somebody else's code in one line each."""
+    """The function of --reward=FILE.py: an error of somebody else's code is one line."""
     def called(function, *given):
         try:
             return function(*given)
         except Exception as why:
-            lines = [at.lineno for at in traceback.extract_tb(why.__traceback__) if at.filename == path]
-            place, said = ":".join([path, *map(str, lines[-1:])]), " ".join(str(why).split())
-            raise SystemExit(f"{place}: {type(why).__name__}: {said}") from why
+            last = traceback.extract_tb(why.__traceback__)[-1]
+            raise SystemExit(f"{path}: {why!r} (line {last.lineno} of {last.filename})") from why
 
     function = called(runpy.run_path, path).get("reward")
     check(callable(function), f"{path} defines no function reward(prompts, responses)")
     return lambda *texts: called(lambda: list(map(float, function(*texts))))
 
 
-# --------------------------------------------------------------------------------------------------
-# people in the loop
-
-FIELDS = """fails_to_follow inappropriate hallucination satisfies_constraint sexual violent encourages_harm
-denigrates harmful_advice opinion moral_judgement""".split()  # of Table 3
+FIELDS = "fails_to_follow inappropriate hallucination satisfies_constraint sexual violent"
+FIELDS += " encourages_harm denigrates harmful_advice opinion moral_judgement"  # of Table 3
+FIELDS = dict(zip(map(str, range(1, 12)), FIELDS.split()))  # by the number that is typed
 
 
 @dataclass
@@ -370,34 +345,39 @@ class LabelConfig(Config):
     fields: bool = False  # ask for a rating of the best response and for Table 3
 
 
-def parse_ranking(text, count):
-    """A ranking of responses a, b, .. as people write one -> ranks: "d > c > a = b" has [3, 3, 2, 1].
-    Raises ValueError unless each of the `count` letters stands in it once."""
-    letters, ranks = [chr(ord("a") + i) for i in range(count)], {}
-    for rank, tied in enumerate(text.lower().split(">"), 1):
-        for letter in map(str.strip, tied.split("=")):
-            if letter not in letters or letter in ranks:
-                raise ValueError(f'"{letter}": write each of {" ".join(letters)} once, as in b > a = c')
-            ranks[letter] = rank
-    if len(ranks) < count:
-        raise ValueError(f"left out: {' '.join(x for x in letters if x not in ranks)}")
-    return [ranks[letter] for letter in letters]
+def parse_ranking(text, count, fields=False):
+    """What people write of responses a, b, .. -> dict: "d > c > a = b" has ranks [3, 3, 2, 1]; fields:
+    "b > a; 6 2 11" has rating 6 of the best too, and the FIELDS that hold. ValueError for a slip."""
+    ranking, _, best = text.lower().partition(";")
+    letters = [chr(ord("a") + i) for i in range(count)]
+    groups = [[letter.strip() for letter in tied.split("=")] for tied in ranking.split(">")]
+    if sorted(sum(groups, [])) != letters:
+        raise ValueError(f'"{ranking}": write each of {" ".join(letters)} once, as in b > a = c')
+    ranks = {letter: rank for rank, tied in enumerate(groups, 1) for letter in tied}
+    rating, *numbers = best.split() or [""]
+    if fields and (rating not in list("1234567") or not FIELDS.keys() >= set(numbers)):
+        raise ValueError(f'"{best}": rate the best 1 to 7, then what holds for it, as in b > a; 6 2 11')
+    more = dict(rating=int(rating), fields=[FIELDS[number] for number in numbers]) if fields else {}
+    return dict(ranks=[ranks[letter] for letter in letters], **more)
 
 
-def parse_fields(text):
-    """Numbers, "6 2 11" -> a rating, and which FIELDS hold: a dict. Raises ValueError for a slip."""
-    rating, *places = [int(word) if word.isdecimal() else 0 for word in text.split()] or [0]
-    if rating not in range(1, 8) or not all(place in range(1, len(FIELDS) + 1) for place in places):
-        raise ValueError(f'"{text}": write a rating of 1 to 7, and the numbers of what holds, as in 6 2 11')
-    return dict(rating=rating, fields=[FIELDS[place - 1] for place in places])
-
-
-def ask(question, parse):
-    """-> parse(what is typed), after one line on each slip (ValueError); s, u and q as they are."""
+def ask(head, row, fields):
+    """Show a row, ask for the ranking of its responses, or if it has none for a response; a slip gets
+    one line and the question again -> what to add to the row; or s, u or q, as typed."""
+    responses, started = row.get("responses", []), time.monotonic()
+    show(head, row["prompt"])
+    for i, response in enumerate(responses):
+        show(f"  {chr(ord('a') + i)}  ", response)
+    if fields:
+        show("     ", "  ".join(map(" ".join, FIELDS.items())))
     while True:
         try:
-            text = input(question + "\n" * (not sys.stdin.isatty())).strip()
-            return text if text in ("s", "u", "q") else parse(text)
+            text = input("\nranking:\n" if responses else "\nresponse:\n").strip()
+            if text in ("s", "u", "q"):
+                return text
+            answer = parse_ranking(text, len(responses), fields) if responses else dict(response=text)
+            if text:
+                return dict(answer, seconds=round(time.monotonic() - started, 1))
         except ValueError as slip:
             print(slip)
         except (EOFError, KeyboardInterrupt):
@@ -406,104 +386,77 @@ def ask(question, parse):
 
 def show(head, text):
     """Prints a text of any lines behind a head, in the width of the terminal; 80 in a pipe."""
-    for line in text.expandtabs(4).splitlines():
-        line = "".join(c if c.isprintable() else "\ufffd" for c in line)  # a terminal obeys some
-        margin = dict(initial_indent=head, subsequent_indent=" " * len(head))
-        print(textwrap.fill(line, shutil.get_terminal_size().columns, **margin) or head)
-        head = " " * len(head)
+    width = shutil.get_terminal_size().columns - len(head)
+    lines = [textwrap.wrap(line, width) or [""] for line in text.expandtabs(4).splitlines()]
+    print(head + f"\n{' ' * len(head)}".join(sum(lines, [])))
 
 
 def label(config):
-    """Ask a person for rankings, into comparisons.jsonl in --out, or with --demonstrate for responses, into
-    demonstrations.jsonl. Goes on behind the last row of this labeler; all get the same responses, of
-    COLLECTED in the world, elsewhere of the model alone."""
-    config.from_ = "" if config.demonstrate else config.from_  # needs no model
+    """Ask a person for rankings, into comparisons.jsonl in --out, or with --demonstrate for responses,
+    into demonstrations.jsonl. Goes on behind the last row of this labeler."""
     sft.check_config(config)
-    name = "demonstrations.jsonl" if config.demonstrate else "comparisons.jsonl"
-    path, device = os.path.join(config.out, name), sft.get_device(config.device)
-    for other in (f"{path}.gz", path.replace(".jsonl", ".pt")):  # read in its place; of a run that logs there
+    name = "demonstrations" if config.demonstrate else "comparisons"
+    path, device = os.path.join(config.out, f"{name}.jsonl"), sft.get_device(config.device)
+    for other in (f"{path}.gz", f"{config.out}/{name}.pt"):  # --data reads it instead; of a run
         check(not os.path.exists(other), f"{other} is there: choose another --out for what people write")
     for file in (sys.stdin, sys.stdout):
         file.reconfigure(errors="replace")  # bytes that are no text
-
-    # 1. prompts, and who responds
-    prompts = config.prompts or config.data and os.path.join(config.data, "prompts.jsonl")
+    # 1. prompts, and who responds: in the world as in training, elsewhere the model alone
+    given = config.prompts or config.data and os.path.join(config.data, "prompts.jsonl")
     of_world = lambda: data.load("", config.scale, config.seed)["comparison_prompts"]
-    tasks, world, policies = data.read_jsonl(prompts, "prompt") if prompts else of_world(), data.World(), {}
+    tasks = data.read_jsonl(given, "prompt") if given else of_world()
+    tasks = list({task["prompt"]: task for task in tasks}.values())  # the world repeats some
     if not config.demonstrate:
-        made_by = 'run "python ppo.py" first, or pass --from=DIR or --sft=PATH'
-        for source in ("sft",) if prompts else ("base", "sft"):
-            policy, tokenizer, _ = sft.load_policy(sft.where(config, source), made_by, device)
-            policies[source] = policies["hot"] = policy  # the last is the supervised model
+        world, made_by = data.World(), 'run "python ppo.py" first, or pass --from=DIR or --sft=PATH'
+        load = lambda name: sft.load_policy(sft.where(config, name), made_by, device)
+        (policy, tokenizer, _), model_path = load("sft"), sft.where(config, "sft")
+        policies = dict(sft=policy, hot=policy, base=policy if given else load("base")[0])
+        mixture = {source: COLLECTED[source] for source in ("sft", "hot")} if given else COLLECTED
         tasks = data.encode_prompts(tokenizer, tasks, policy.config.block_size - config.max_new_tokens)
-    mixture = {s: share for s, share in COLLECTED.items() if s in policies or not prompts}
-
-    # 2. go on behind the last row. The file is written anew each time: a kill leaves the old or the new
-    read = lambda: data.read_jsonl(path, *data.DATASETS[name]) if os.path.exists(path) else []
-    write = lambda rows: sft.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    # 2. go on behind the last row
     is_mine = lambda row: row.get("labeler") == config.labeler
+    rows = data.read_jsonl(path, "prompt") if os.path.exists(path) else []
     places = {task["prompt"]: i for i, task in enumerate(tasks)}
-    place, answer = max((places.get(row["prompt"], -1) + 1 for row in filter(is_mine, read())), default=0), ""
+    place = max((places.get(row["prompt"], -1) + 1 for row in filter(is_mine, rows)), default=0)
     print(f"{path}: {len(tasks) - place} prompts are left; s skips, u takes the last row back, q ends")
+    answer = ""
     while answer != "q" and place < len(tasks):
-        # 3. show and ask
-        task, answer = tasks[place], "s"
-        row = {key: task[key] for key in ("prompt", "user", "category") if key in task}
-        of_text = lambda text: data.check_row(dict(response=text.replace("\\n", "\n")), "response")
-        questions = [("response, \\n for a new line: ", of_text)]
-        if policies:
-            luck = random.Random(f"label {config.seed} {place}"), torch.Generator(device).manual_seed(place)
-            [found] = respond([task], tasks, policies, tokenizer, world, config, mixture, *luck)
+        # 3. show, and ask; all labelers get the same responses, each in an order of his own
+        row = dict(data.different_prompts([tasks[place]])[0], labeler=config.labeler)
+        if not config.demonstrate:
+            luck = random.Random(place), torch.Generator(device).manual_seed(place)
+            found = respond([tasks[place]], tasks, policies, tokenizer, world, config, mixture, *luck)
+            _, found = next(found, (None, {}))
             texts = random.Random(f"{config.labeler} {place}").sample(list(found), len(found))
-            sources, model_path = [found[text][0] for text in texts], sft.where(config, "sft")
-            row.update(responses=texts, sources=sources, model=model_path)
-            ranks = lambda text: dict(ranks=parse_ranking(text, len(texts)))
-            questions = [("ranking: ", ranks)] if len(texts) > 1 else []  # nothing to rank
-        if config.fields and questions:
-            fields = "  ".join(f"{i} {field}" for i, field in enumerate(FIELDS, 1))
-            question = f"{textwrap.fill(fields)}\nrating of the best, what holds for it: "
-            questions.append((question, parse_fields))
-        print()
-        show(f"[{place + 1} of {len(tasks)}] ", row["prompt"])
-        for i, text in enumerate(row.get("responses", ())):
-            show(f"  {chr(ord('a') + i)}  ", text)
-        started = time.monotonic()
-        for question, parse in questions:
-            answer = ask(question, parse)
-            if isinstance(answer, str):
-                break
-            row.update(answer)
-        # 4. keep the row, or take one back
-        if answer == "u":
-            rows = read()
-            for i in [i for i, other in enumerate(rows) if is_mine(other)][-1:]:
-                place = places.get(rows.pop(i)["prompt"], place)
-                write(rows)
-        elif answer != "q":
-            place += 1
-            row.update(labeler=config.labeler, seconds=round(time.monotonic() - started, 1))
-            if answer != "s":
-                write([*read(), row])
+            row.update(responses=texts, sources=[found[text][0] for text in texts], model=model_path)
+        to_rank = row.get("responses", True)  # without two different ones there is nothing
+        answer = ask(f"[{place + 1} of {len(tasks)}] ", row, config.fields) if to_rank else "s"
+        # 4. keep the row, or take one back; the file is written anew: a kill leaves the old or the new
+        if answer == "u" and any(map(is_mine, rows[-1:])):
+            place = places.get(rows.pop()["prompt"], place)
+        elif isinstance(answer, dict):
+            rows.append({**row, **answer})
+        place += answer != "u"
+        if answer not in ("s", "q"):
+            sft.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def agreement(*paths):
-    """Two files of comparisons -> of the pairs of responses that neither ties, the share that both rank
-    alike, half of its 95% interval; printed (InstructGPT, sec. 3.4)."""
+    """Of the pairs of responses that neither of two files of comparisons ties, the share that both rank
+    alike -> that, half of its 95% interval over prompts; printed (InstructGPT, sec. 3.4)."""
     check(len(paths) == 2, "say agreement FILE FILE: comparisons.jsonl of two labelers")
     rows = [data.read_jsonl(path, *data.DATASETS["comparisons.jsonl"]) for path in paths]
-    both = [{row["prompt"]: dict(zip(row["responses"], row["ranks"])) for row in of} for of in rows]
-    counts = [[0, 0, 0]]  # of a prompt: pairs ranked alike, pairs without a tie, pairs
-    for prompt in both[0].keys() & both[1].keys():
-        texts = both[0][prompt].keys() & both[1][prompt].keys()
-        first, second = (pairs_of(torch.tensor([[ranks[prompt][text] for text in texts]])) for ranks in both)
-        alike, opposite = int((first & second).sum()), int((first & second.mT).sum())
-        counts.append([alike, alike + opposite, len(texts) * (len(texts) - 1) // 2])
-    alike, clear, pairs = map(sum, zip(*counts))
-    check(clear, f"{' and '.join(paths)}: no pair of responses that both rank, without a tie")
-    share = alike / clear
-    half = 1.96 * sum((k - share * n) ** 2 for k, n, _ in counts) ** 0.5 / clear  # over prompts
-    of = f"{clear} pairs in {len(counts) - 1} prompts, without {pairs - clear} that somebody ties"
-    print(f"agreement {share:.3f} ± {half:.3f}: {of} (the paper's labelers: 0.726 ± 0.015)")
+    one, two = ({row["prompt"]: dict(zip(row["responses"], row["ranks"])) for row in of} for of in rows)
+    counts = []  # of a prompt: pairs ranked alike, pairs without a tie
+    for prompt in one.keys() & two.keys():
+        texts = one[prompt].keys() & two[prompt].keys()
+        a, b = (pairs_of(torch.tensor([[of[prompt][text] for text in texts]])) for of in (one, two))
+        counts.append((int((a & b).sum()), int((a & (b | b.mT)).sum())))
+    pairs = sum(n for _, n in counts)
+    check(pairs, f"{' and '.join(paths)}: no pair of responses that both rank, without a tie")
+    share = sum(k for k, _ in counts) / pairs
+    half = 1.96 * sum((k - share * n) ** 2 for k, n in counts) ** 0.5 / pairs
+    print(f"agreement {share:.3f} ± {half:.3f} of {pairs} pairs (the paper's labelers: 0.726 ± 0.015)")
     return share, half
 
 
