@@ -38,54 +38,50 @@ def write(path, rows):
 
 @pytest.mark.parametrize("text, ranks", [
     ("d > c > a = b", [3, 3, 2, 1]), ("a>b>c>d", [1, 2, 3, 4]), ("  C=a  > B= d", [1, 2, 1, 2]), ("a=b=c=d", [1] * 4),
+    *((slip, None) for slip in (
+        "a > b", "a > b > c > d > a", "a = a > b > c > d", "a > b > c > e", "a b c d", "a >> b > c > d", "", "> a",
+        "ab > c > d", "a > б > c > d", "d < c", "4 > 3",
+    )),
 ])
 def test_a_ranking_as_people_write_one(text, ranks):
-    assert reward.parse_ranking(text, 4) == ranks
+    if ranks:
+        assert reward.parse_ranking(text, 4) == dict(ranks=ranks)
+    else:
+        with pytest.raises(ValueError, match="^.*: write each of a b c d once, as in b > a = c$"):
+            reward.parse_ranking(text, 4)
 
 
-@pytest.mark.parametrize("text, says", [
-    ("a > b", "left out: c d"), ("a > b > c > d > a", '"a": write each of a b c d once'), ("a = a > b", '"a"'),
-    ("a > e", '"e"'), ("a b c d", '"a b c d"'), ("a >> b", '""'), ("", '""'), ("> a", '""'), ("ab > c", '"ab"'),
-    ("a > б", '"б"'), ("d < c", '"d < c"'), ("4 > 3", '"4"'),
-])
-def test_a_slip_is_named(text, says):
-    with pytest.raises(ValueError) as slip:
-        reward.parse_ranking(text, 4)
-    assert str(slip.value).startswith(says) and "\n" not in str(slip.value)
+def test_rating_and_fields():
+    found = [reward.parse_ranking(text, 2, True) for text in ("b > a; 6 2 11", "a=b;7 ")]
+    best = dict(rating=6, fields=["inappropriate", "moral_judgement"])
+    assert found == [dict(ranks=[2, 1], **best), dict(ranks=[1, 1], rating=7, fields=[])]
+    for slip in ("", ";", "; 8", "; 0 1", "; 3 12", "; 3 0", "; six", "; 3 -1", "; 3.5", "; ²"):
+        with pytest.raises(ValueError, match="rate the best 1 to 7"):
+            reward.parse_ranking("b > a" + slip, 2, True)
 
 
 def test_a_text_of_any_lines_keeps_its_letter(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "20")
-    reward.show("  b  ", "\n\n  owl \x07\n\tand a duck that swims")
-    assert capsys.readouterr().out == "  b  \n     \n       owl \ufffd\n         and a duck\n     that swims\n"
-
-
-def test_rating_and_fields():
-    assert reward.parse_fields("6 2 11") == dict(rating=6, fields=["inappropriate", "moral_judgement"])
-    assert reward.parse_fields(" 7 ") == dict(rating=7, fields=[])
-    for slip in ("", "8", "0 1", "3 12", "3 0", "six", "3 -1", "3.5", "²"):
-        with pytest.raises(ValueError, match="write a rating of 1 to 7"):
-            reward.parse_fields(slip)
+    reward.show("  b  ", "\n\n  owl\n\tand a duck that swims")
+    lines = "  b  ", "     ", "       owl", "         and a duck", "     that swims"
+    assert capsys.readouterr().out == "\n".join(lines) + "\n"
 
 
 def test_agreement_by_hand(tmp_path, capsys):
     """p: the first ranks a > b > c = d, the second b > a > d, has no c and has an e. They share ab (not alike), ad,
     bd (alike): 2 of 3. q: xy alike, 1 of 1; tied by one: none; r and s: one file only. 3 / 4, and over prompts
-    1.96 * sqrt((2 - 3 * 0.75)^2 + (1 - 0.75)^2) / 4 = 0.173241. Ties: of q's other pairs xz and yz, one each."""
+    1.96 * sqrt((2 - 3 * 0.75)^2 + (1 - 0.75)^2) / 4 = 0.173241."""
     row = lambda prompt, texts, ranks: dict(prompt=prompt, responses=list(texts), ranks=ranks)
     first = [row("p", "abcd", [1, 2, 3, 3]), row("q", "xyz", [1, 2, 1]), row("r", "ab", [1, 2])]
     second = [row("q", "zyx", [2, 2, 1]), row("p", "dbae", [3, 1, 2, 4]), row("s", "ab", [1, 2])]
     paths = [write(tmp_path / name, rows) for name, rows in (("one.jsonl", first), ("two.jsonl", second))]
+    tied = write(tmp_path / "three.jsonl", [row("p", "ab", [1, 1])])
     for order in (paths, paths[::-1]):
         assert reward.agreement(*order) == pytest.approx((0.75, 0.173241), abs=1e-6)
-        printed = capsys.readouterr().out
-        assert "0.750 ± 0.173: 4 pairs in 2 prompts, without 2 that somebody ties" in printed
-    for wrong in ([], paths[:1], paths + paths[:1]):
-        with pytest.raises(SystemExit, match="^say agreement FILE FILE"):
+        assert "0.750 ± 0.173 of 4 pairs" in capsys.readouterr().out
+    for wrong in ([], paths[:1], paths + paths[:1], [paths[0], tied]):
+        with pytest.raises(SystemExit, match="say agreement FILE FILE|no pair of responses that both rank"):
             reward.agreement(*wrong)
-    other = write(tmp_path / "three.jsonl", [row("p", "ab", [1, 1])])
-    with pytest.raises(SystemExit, match="no pair of responses that both rank"):
-        reward.agreement(paths[0], other)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -94,7 +90,7 @@ def test_agreement_by_hand(tmp_path, capsys):
 
 PROMPTS = [
     "say cat\n", "Größe? 中文 \u2028 🦊 'quoted' \"twice\"\n\n\tindented, and a line that is much longer than the eighty"
-    " columns which a terminal has, so that it must be broken somewhere\n", "say \x1b[31mred\n", "say moon\n", "say sun\n",
+    " columns which a terminal has, so that it must be broken somewhere\n", "say red\n", "say moon\n", "say sun\n",
 ]
 
 
@@ -126,12 +122,12 @@ def labeled(typed, monkeypatch, *flags):
 
 def ranking_of(printed):
     """A ranking of the responses last shown, b > a > ..: any will do."""
-    letters = re.findall(r"(?m)^  ([a-z])  ", printed.rsplit("\n[", 1)[1])
+    letters = re.findall(r"(?m)^  ([a-z])  ", printed.rsplit("\n[", 1)[-1])
     return " > ".join(reversed(letters))
 
 
 def start(*flags):
-    """`python reward.py label` behind pipes -> the process, a function that reads up to the next question."""
+    """`python reward.py label` behind pipes -> the process, a function that reads up to its next question."""
     pipe, command = subprocess.PIPE, [sys.executable, "reward.py", "label", *flags]
     env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     env.pop("COLUMNS", None)
@@ -139,11 +135,10 @@ def start(*flags):
 
     def to_question():
         seen = b""
-        while not seen.endswith((b"ranking: ", b"response, \\n for a new line: ", b"what holds for it: ")):
+        while not seen.endswith((b"\nranking:\n", b"\nresponse:\n")):
             byte = process.stdout.read(1)
             assert byte, seen.decode() + process.stderr.read().decode()
             seen += byte
-        process.stdout.read(1)  # the new line
         return seen.decode()
 
     return process, to_question
@@ -165,7 +160,7 @@ def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path, prompt
     process.kill()
     process.wait()
     first = rows_of(path)
-    assert [row["prompt"] for row in first] == PROMPTS[:2] and "[3 of 5]" in third and "\x1b" not in third
+    assert [row["prompt"] for row in first] == PROMPTS[:2] and "[3 of 5]" in third
     assert all(max(map(len, text.splitlines())) <= 80 for text in (shown, third))
     for row in first:
         assert row["ranks"] == list(range(len(row["ranks"]), 0, -1)) and row["labeler"] == "me"
@@ -195,64 +190,62 @@ def test_slips_skips_and_fields(wide, tmp_path, prompts, monkeypatch, capsys):
     """Each slip gets one line and the question again; an unfinished row is not written, whatever ends it."""
     flags = flags_of(wide, tmp_path / "out", f"--prompts={prompts}", "--fields", "--k_max=4")
     path = tmp_path / "out" / "comparisons.jsonl"
-    labeled(b"a\n\xff\xfe\nd > c > b > a\n9\n6 2\ns\nb > a = c = d\nq\n", monkeypatch, *flags)
+    good = b"d > c > b > a; 6 2\n"
+    labeled(b"a\n\xff\xfe\nd > c > b > a\nd > c > b > a; 9\n" + good + b"u\n" + good + b"s\nq\n", monkeypatch, *flags)
     printed = capsys.readouterr().out
-    assert "\nleft out: b c d\n" in printed and '"9": write a rating' in printed and "\ufffd" in printed
+    assert printed.count("write each of a b c d") == 2 and printed.count("rate the best") == 2 and "\ufffd" in printed
     [row] = rows_of(path)
     assert (row["rating"], row["fields"], row["ranks"]) == (6, ["inappropriate"], [4, 3, 2, 1])
-    for end in ("a = b = c > d\n", "a = b = c > d\ns\nq", "a > b\nq", ""):
+    for end in ("a = b = c > d\n", "a > b\nq", ""):
         labeled(end, monkeypatch, *flags)
         assert rows_of(path) == [row]
-    labeled("s\ns\nb > a = c = d\n3 1 4\n", monkeypatch, *flags)
+    labeled("s\ns\nb > a = c = d; 3 1 4\n", monkeypatch, *flags)
     [_, second] = rows_of(path)
     assert second["ranks"] == [2, 1, 2, 2] and second["prompt"] == PROMPTS[3]
-    labeled("a > b > c > d\n1\n", monkeypatch, *flags)
+    labeled("a > b > c > d; 1\n", monkeypatch, *flags)
     capsys.readouterr()
     labeled("q", monkeypatch, *flags)
     assert "0 prompts are left" in capsys.readouterr().out and len(rows_of(path)) == 3
 
 
-def test_demonstrations_need_no_model_and_are_read_by_data(tmp_path, prompts, monkeypatch, chain):
-    flags = [f"--out={tmp_path}/out", "--from=no/such", "--scale=tiny", f"--prompts={prompts}", "--demonstrate"]
-    labeled("  owl \\n and 🦉\n\ns\nmiau\nu\nMiau, 'ich'\nq", monkeypatch, *flags)
-    rows, texts = rows_of(tmp_path / "out" / "demonstrations.jsonl"), ["owl \n and 🦉", "Miau, 'ich'"]
-    assert [(row["prompt"], row["response"]) for row in rows] == [(PROMPTS[0], texts[0]), (PROMPTS[2], texts[1])]
+def test_demonstrations_need_no_model_and_are_read_by_data(tmp_path, monkeypatch, chain):
+    """A prompt that the file repeats is asked once."""
+    write(tmp_path / "twice.jsonl", [dict(prompt=prompt) for prompt in PROMPTS[:3] + PROMPTS])
+    flags = [f"--out={tmp_path}/out", "--scale=tiny", f"--prompts={tmp_path}/twice.jsonl", "--demonstrate"]
+    labeled("  owl and 🦉\n\ns\nmiau\nu\nMiau, 'ich'\nq", monkeypatch, *flags)
+    labeled("moon", monkeypatch, *flags)
+    rows, texts = rows_of(tmp_path / "out" / "demonstrations.jsonl"), ["owl and 🦉", "Miau, 'ich'", "moon"]
+    assert [(row["prompt"], row["response"]) for row in rows] == [*zip((PROMPTS[i] for i in (0, 2, 3)), texts)]
     shutil.copy(chain / "comparisons.jsonl", tmp_path / "out")
     assert [row["response"] for row in data.read_folder(str(tmp_path / "out"))["demonstrations"]] == texts
 
 
 def test_responses_of_the_world_come_from_every_source(chain, tmp_path, monkeypatch, capsys):
     """As in training: K and the mixture. The source is not shown."""
-    flags = flags_of(chain, tmp_path / "a", "--k_min=9", "--k_max=9")
-    labeled("x\n" + "".join(f"{ranking}\ns\n" for ranking in ["a > b"] * 25), monkeypatch, *flags)
-    assert not re.search("sft|hot|base|spoiled|other", re.sub(r"(?m)^.*prompts are left.*", "", capsys.readouterr().out))
     everything = " > ".join("abcdefghi")
     lines = "".join(everything[: 4 * k - 3] + "\n" for k in range(9, 1, -1))  # the first that fits is taken
-    typed = "".join(lines + "s\n" for _ in range(30))
-    labeled(typed, monkeypatch, *flags_of(chain, tmp_path / "b", "--k_min=9", "--k_max=9"))
-    rows = rows_of(tmp_path / "b" / "comparisons.jsonl")
+    labeled((lines + "s\n") * 30, monkeypatch, *flags_of(chain, tmp_path, "--k_min=9", "--k_max=9"))
+    assert not re.search("sft|hot|base|spoiled|other", capsys.readouterr().out.split("q ends\n", 1)[1])
+    rows = rows_of(tmp_path / "comparisons.jsonl")
     assert {source for row in rows for source in row["sources"]} == set(reward.COLLECTED) and len(rows) > 5
     assert all(len(set(row["responses"])) == len(row["responses"]) <= 9 for row in rows)
     assert all(row["user"] and row["category"] for row in rows)
 
 
-@pytest.mark.parametrize("prepare, flags, says", [
-    (lambda out: (out / "comparisons.pt").write_text(""), [], "comparisons.pt is there: choose another --out"),
-    (lambda out: (out / "comparisons.jsonl.gz").write_text(""), [], "comparisons.jsonl.gz is there"),
-    (lambda out: (out / "comparisons.jsonl").write_text('{"prompt": "p"}\n'), [], 'comparisons.jsonl:1: "responses" must'),
-    (lambda out: (out / "comparisons.jsonl").write_text('{"prom'), [], "comparisons.jsonl:1: not JSON"),
-    (lambda out: None, ["--prompts=no/such.jsonl"], "no/such.jsonl: cannot be read"),
-    (lambda out: None, ["--prompts=", "--data=no/such"], "no/such/prompts.jsonl: cannot be read"),
-    (lambda out: None, ["--sft=no/such.pt"], "no/such.pt not found"),
-    (lambda out: None, ["--lebeler=me"], "unknown flag --lebeler=me: did you mean --labeler"),
+@pytest.mark.parametrize("file, flags, says", [
+    ("comparisons.pt", [], "comparisons.pt is there: choose another --out"),
+    ("comparisons.jsonl.gz", [], "comparisons.jsonl.gz is there"),
+    ("comparisons.jsonl", [], "comparisons.jsonl:1: not JSON"),
+    ("other", ["--prompts=no/such.jsonl"], "no/such.jsonl: cannot be read"),
+    ("other", ["--prompts=", "--data=."], "./prompts.jsonl: cannot be read"),
+    ("other", ["--sft=no/such.pt"], "no/such.pt not found"),
+    ("other", ["--lebeler=me"], "unknown flag --lebeler=me: did you mean --labeler"),
 ])
-def test_bad_input_ends_in_one_line_and_nothing_is_lost(chain, tmp_path, prompts, monkeypatch, prepare, flags, says):
-    prepare(tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+def test_bad_input_ends_in_one_line_and_nothing_is_lost(chain, tmp_path, prompts, monkeypatch, file, flags, says):
+    (tmp_path / file).write_text('{"prom')
     with pytest.raises(SystemExit, match=re.escape(says)) as stop:
         labeled("a > b\n", monkeypatch, *flags_of(chain, tmp_path, f"--prompts={prompts}", *flags))
-    assert "\n" not in str(stop.value)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert "\n" not in str(stop.value) and (tmp_path / file).read_text() == '{"prom'
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -275,67 +268,49 @@ def shell(folder, command, typed=""):
     return done.stdout
 
 
-def key(text):
-    """What the terminal shows of a text, however it breaks lines."""
-    lines = ("".join(c if c.isprintable() else "\ufffd" for c in line) for line in text.expandtabs(4).splitlines())
-    return "".join("".join(lines).split())
+key = lambda text: "".join(text.split())  # of a text, however the terminal breaks its lines
 
 
-def person(folder, count, seed, *flags, noise=0.7):
+def person(count, *flags):
     """Somebody who ranks what the terminal shows by gold and noise, through pipes -> {(prompt, response): rank}
     of what was typed."""
-    world, rng, typed = data.World(), random.Random(seed), {}
-    scale = dict(flag.split("=") for flag in flags if "=" in flag)["--scale"]
-    tasks = {key(task["prompt"]): task for task in data.load("", scale, seed)["comparison_prompts"]}
-    process, to_question = start(*flags, f"--seed={seed}", f"--out={folder}")
+    world, rng, typed = data.World(), random.Random(1), {}
+    tasks = {key(task["prompt"]): task for task in data.load("", "tiny", 1)["comparison_prompts"]}
+    process, to_question = start(*flags)
     for _ in range(count):
-        shown = to_question().removesuffix("ranking: ").rsplit("\n[", 1)[1].split("] ", 1)[1]
-        shown = re.split(r"(?m)^  ([a-z])  ", shown)  # prompt, letter, response, letter, ..
-        task = tasks[key(shown[0])]
-        texts = {letter: " ".join(text.split()) for letter, text in zip(shown[1::2], shown[2::2])}
-        likes = {letter: world.gold(task, text)["gold"] + rng.gauss(0, noise) for letter, text in texts.items()}
-        levels = {letter: round(like * 2) for letter, like in likes.items()}  # half a point apart, or tied
+        shown = to_question().removesuffix("ranking:\n").rsplit("\n[", 1)[-1].split("] ", 1)[1]
+        prompt, *shown = re.split(r"(?m)^  ([a-z])  ", shown)  # prompt, letter, response, letter, ..
+        texts = {letter: " ".join(text.split()) for letter, text in zip(shown[::2], shown[1::2])}
+        likes = {x: world.gold(tasks[key(prompt)], text)["gold"] + rng.gauss(0, 0.7) for x, text in texts.items()}
+        levels = {x: round(like * 2) for x, like in likes.items()}  # half a point apart, or tied
         ranked = sorted(set(levels.values()), reverse=True)
-        groups = [" = ".join(letter for letter in texts if levels[letter] == level) for level in ranked]
-        typed |= {(key(task["prompt"]), key(text)): ranked.index(levels[letter]) + 1 for letter, text in texts.items()}
-        say(process, " > ".join(groups))
+        say(process, " > ".join(" = ".join(x for x in texts if levels[x] == level) for level in ranked))
+        typed |= {(key(prompt), key(text)): ranked.index(levels[x]) + 1 for x, text in texts.items()}
     to_question()
     say(process, "q")
     assert process.wait() == 0
     return typed
 
 
-def accuracies(folder, labels, scale, seed):
-    """Reward models of the labels alone and with those of the simulated labelers, beside that of these alone ->
-    {which: accuracy on the rankings of labelers who gave none}, printed."""
-    out, found = f"{folder}/out", {}
-    rows = rows_of(f"{labels}/comparisons.jsonl")
-    valid = data.read_jsonl(f"{out}/comparisons_valid.jsonl")
-    for name, more in (("alone", []), ("with the simulated", rows_of(f"{out}/comparisons.jsonl")), ("simulated", None)):
-        made = out
-        if more is not None:
-            made = os.path.join(folder, name.replace(" ", "-"))
-            os.makedirs(f"{made}-data")
-            with open(f"{made}-data/comparisons.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows + more)
-            flags = f"--scale={scale}", f"--seed={seed}", "--device=cpu", f"--from={out}"
-            flags = [*flags, f"--data={made}-data", f"--out={made}"]
-            reward.main(sft.parse(reward.Config, reward.SCALES, flags))
-        network, tokenizer, _ = sft.load_reward(f"{made}/reward.pt", "", CPU)
-        groups = data.encode_comparisons(tokenizer, valid, network.config.block_size)
-        found[name] = reward.evaluate(network, groups, CPU)["accuracy"]
-    print(f"{len(rows)} comparisons by hand: " + ", ".join(f"{name} {x:.3f}" for name, x in found.items()))
-    return found
-
-
 def test_the_way_round(place):
-    """30 comparisons through the terminal: the file holds what was typed, and trains reward models."""
-    labels = place / "by-hand"
-    typed = person(labels, 30, 1, "--scale=tiny", f"--from={place}/out", "--device=cpu")
-    rows = rows_of(labels / "comparisons.jsonl")
+    """30 comparisons through the terminal: the file holds what was typed, and trains a reward model, alone and with
+    those of the simulated labelers. Prints the accuracies of both on rankings of labelers who gave none."""
+    flags = "--scale=tiny", "--seed=1", "--device=cpu", f"--from={place}/out"
+    typed = person(30, *flags, f"--out={place}/alone")
+    rows = rows_of(place / "alone" / "comparisons.jsonl")
     found = {(key(r["prompt"]), key(t)): rank for r in rows for t, rank in zip(r["responses"], r["ranks"])}
     assert found == typed and len(rows) == 30 and all(row["seconds"] >= 0 for row in rows)
-    assert all(0.3 < x < 0.9 for x in accuracies(str(place), str(labels), "tiny", 1).values())
+    (place / "more").mkdir()
+    write(place / "more" / "comparisons.jsonl", rows + rows_of(place / "out" / "comparisons.jsonl"))
+    valid = rows_of(place / "out" / "comparisons_valid.jsonl")
+    for name in ("alone", "more"):
+        folders = f"--data={place}/{name}", f"--out={place}/of-{name}"
+        reward.main(sft.parse(reward.Config, reward.SCALES, [*flags, *folders]))
+        network, tokenizer, _ = sft.load_reward(f"{place}/of-{name}/reward.pt", "", CPU)
+        groups = data.encode_comparisons(tokenizer, valid, network.config.block_size)
+        accuracy = reward.evaluate(network, groups, CPU)["accuracy"]
+        print(f"30 comparisons by hand, {name}: accuracy {accuracy:.3f}")
+        assert 0.3 < accuracy < 0.9
 
 
 def blocks_of(title):
@@ -390,8 +365,8 @@ def test_the_recipes_run_as_printed(place):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("reward = 1", "defines no function reward"), ("def reward(", "SyntaxError"), ("1 / 0", ":1: ZeroDivisionError"),
-    ("x = 1\ndef reward(p, r):\n    return [x.y for _ in r]", ":3: AttributeError"),
+    ("reward = 1", "defines no function reward"), ("def reward(", "SyntaxError"), ("1 / 0", "ZeroDivisionError.*line 1 "),
+    ("x = 1\ndef reward(p, r):\n    return [x.y for _ in r]", "AttributeError.*line 3 "),
     ("reward = lambda p, r: [None for _ in r]", "mine.py: TypeError"),
 ])
 def test_an_error_in_your_reward_is_one_line(tmp_path, text, says):
