@@ -32,10 +32,6 @@ def write(path, rows):
     return str(path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# what people write, by hand
-
-
 @pytest.mark.parametrize("text, ranks", [
     ("d > c > a = b", [3, 3, 2, 1]), ("a>b>c>d", [1, 2, 3, 4]), ("  C=a  > B= d", [1, 2, 1, 2]), ("a=b=c=d", [1] * 4),
     *((slip, None) for slip in (
@@ -84,10 +80,6 @@ def test_agreement_by_hand(tmp_path, capsys):
             reward.agreement(*wrong)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the terminal, by a pipe
-
-
 PROMPTS = [
     "say cat\n", "Größe? 中文 \u2028 🦊 'quoted' \"twice\"\n\n\tindented, and a line that is much longer than the eighty"
     " columns which a terminal has, so that it must be broken somewhere\n", "say red\n", "say moon\n", "say sun\n",
@@ -96,20 +88,16 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def wide(chain, tmp_path_factory):
-    """An untrained sft.pt with room for these prompts."""
+    """A folder of prompts.jsonl, and an untrained sft.pt with room for them."""
     folder, (_, tokenizer, _) = tmp_path_factory.mktemp("wide"), sft.load_policy(f"{chain}/sft.pt", "", CPU)
     gpt = tiny_gpt(1, vocab_size=tokenizer.n_vocab, block_size=256, std=0.1)
     save_tiny(folder / "sft.pt", "policy", gpt, tokenizer)
+    write(folder / "prompts.jsonl", [dict(prompt=prompt) for prompt in PROMPTS])
     return folder
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    return write(tmp_path / "own prompts.jsonl", [dict(prompt=prompt) for prompt in PROMPTS])
-
-
-def flags_of(chain, out, *more):
-    flags = f"--out={out}", f"--from={chain}", "--scale=tiny", "--device=cpu", "--max_new_tokens=6", "--k_max=5"
+def flags_of(folder, out, *more):
+    flags = f"--out={out}", f"--from={folder}", "--scale=tiny", "--device=cpu", "--max_new_tokens=6", "--k_max=5"
     return [*flags, *more]
 
 
@@ -118,12 +106,6 @@ def labeled(typed, monkeypatch, *flags):
     typed = typed if isinstance(typed, bytes) else typed.encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
     reward.label(sft.parse(reward.LabelConfig, reward.SCALES, flags))
-
-
-def ranking_of(printed):
-    """A ranking of the responses last shown, b > a > ..: any will do."""
-    letters = re.findall(r"(?m)^  ([a-z])  ", printed.rsplit("\n[", 1)[-1])
-    return " > ".join(reversed(letters))
 
 
 def start(*flags):
@@ -148,32 +130,30 @@ def say(process, text):
     process.stdin.write(text.encode() + b"\n")
 
 
-def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path, prompts):
+def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path):
     """And the next start goes on behind it, u takes it back, another labeler begins at the first prompt with the
-    same responses in an order of his own."""
-    flags, path = flags_of(wide, tmp_path / "out", f"--prompts={prompts}"), tmp_path / "out" / "comparisons.jsonl"
+    same responses in an order of his own. Rankings are b > a, or longer: any will do."""
+    flags, path = flags_of(wide, tmp_path, f"--prompts={wide}/prompts.jsonl"), tmp_path / "comparisons.jsonl"
+    ranking_of = lambda shown: " > ".join(re.findall(r"(?m)^  ([a-z])  ", shown)[::-1])
     process, to_question = start(*flags)
-    for _ in range(2):
-        shown = to_question()
-        say(process, ranking_of(shown))
+    say(process, ranking_of(to_question()))
+    second = to_question()
+    say(process, ranking_of(second))
     third = to_question()
     process.kill()
     process.wait()
     first = rows_of(path)
     assert [row["prompt"] for row in first] == PROMPTS[:2] and "[3 of 5]" in third
-    assert all(max(map(len, text.splitlines())) <= 80 for text in (shown, third))
+    assert all(max(map(len, text.splitlines())) <= 80 for text in (second, third))
     for row in first:
-        assert row["ranks"] == list(range(len(row["ranks"]), 0, -1)) and row["labeler"] == "me"
+        assert row["ranks"] == list(range(len(row["responses"]), 0, -1)) and row["labeler"] == "me"
         assert row["model"] == f"{wide}/sft.pt" and 0 <= row["seconds"] < 60
         assert len(row["sources"]) == len(row["responses"]) and set(row["sources"]) <= {"sft", "hot"}
     process, to_question = start(*flags)
     assert to_question().split("[", 1)[1] == third.split("[", 1)[1]  # the same prompt, responses and order
-    say(process, "u")
-    assert "[2 of 5]" in to_question() and rows_of(path) == first[:1]
-    say(process, "u")
-    assert "[1 of 5]" in to_question() and rows_of(path) == []
-    say(process, "u")
-    assert "[1 of 5]" in to_question()
+    for place in (2, 1, 1):
+        say(process, "u")
+        assert f"[{place} of 5]" in to_question() and rows_of(path) == first[: place - 1]
     say(process, "q")
     assert process.wait() == 0 and process.stderr.read() == b""
     process, to_question = start(*flags, "--labeler=Zoë")
@@ -186,10 +166,10 @@ def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path, prompt
     assert sorted(row["responses"]) == sorted(first[0]["responses"])
 
 
-def test_slips_skips_and_fields(wide, tmp_path, prompts, monkeypatch, capsys):
+def test_slips_skips_and_fields(wide, tmp_path, monkeypatch, capsys):
     """Each slip gets one line and the question again; an unfinished row is not written, whatever ends it."""
-    flags = flags_of(wide, tmp_path / "out", f"--prompts={prompts}", "--fields", "--k_max=4")
-    path = tmp_path / "out" / "comparisons.jsonl"
+    flags = flags_of(wide, tmp_path, f"--prompts={wide}/prompts.jsonl", "--fields", "--k_max=4")
+    path = tmp_path / "comparisons.jsonl"
     good = b"d > c > b > a; 6 2\n"
     labeled(b"a\n\xff\xfe\nd > c > b > a\nd > c > b > a; 9\n" + good + b"u\n" + good + b"s\nq\n", monkeypatch, *flags)
     printed = capsys.readouterr().out
@@ -202,9 +182,8 @@ def test_slips_skips_and_fields(wide, tmp_path, prompts, monkeypatch, capsys):
     labeled("s\ns\nb > a = c = d; 3 1 4\n", monkeypatch, *flags)
     [_, second] = rows_of(path)
     assert second["ranks"] == [2, 1, 2, 2] and second["prompt"] == PROMPTS[3]
-    labeled("a > b > c > d; 1\n", monkeypatch, *flags)
-    capsys.readouterr()
-    labeled("q", monkeypatch, *flags)
+    for last in ("a > b > c > d; 1\n", "q"):
+        labeled(last, monkeypatch, *flags)
     assert "0 prompts are left" in capsys.readouterr().out and len(rows_of(path)) == 3
 
 
@@ -241,15 +220,11 @@ def test_responses_of_the_world_come_from_every_source(chain, tmp_path, monkeypa
     ("other", ["--sft=no/such.pt"], "no/such.pt not found"),
     ("other", ["--lebeler=me"], "unknown flag --lebeler=me: did you mean --labeler"),
 ])
-def test_bad_input_ends_in_one_line_and_nothing_is_lost(chain, tmp_path, prompts, monkeypatch, file, flags, says):
+def test_bad_input_ends_in_one_line_and_nothing_is_lost(wide, tmp_path, monkeypatch, file, flags, says):
     (tmp_path / file).write_text('{"prom')
     with pytest.raises(SystemExit, match=re.escape(says)) as stop:
-        labeled("a > b\n", monkeypatch, *flags_of(chain, tmp_path, f"--prompts={prompts}", *flags))
+        labeled("a > b\n", monkeypatch, *flags_of(wide, tmp_path, f"--prompts={wide}/prompts.jsonl", *flags))
     assert "\n" not in str(stop.value) and (tmp_path / file).read_text() == '{"prom'
-
-
-# ------------------------------------------------------------------------------------------------------------
-# the way round, and the recipes of the README
 
 
 @pytest.fixture(scope="module")
@@ -271,14 +246,16 @@ def shell(folder, command, typed=""):
 key = lambda text: "".join(text.split())  # of a text, however the terminal breaks its lines
 
 
-def person(count, *flags):
-    """Somebody who ranks what the terminal shows by gold and noise, through pipes -> {(prompt, response): rank}
-    of what was typed."""
+def test_the_way_round(place):
+    """30 comparisons through the terminal, by somebody who ranks what it shows by gold and noise: the file holds what
+    was typed, and trains a reward model, alone and with those of the simulated labelers. Prints the accuracies of both
+    on rankings of labelers who gave none."""
+    flags = "--scale=tiny", "--seed=1", "--device=cpu", f"--from={place}/out"
     world, rng, typed = data.World(), random.Random(1), {}
     tasks = {key(task["prompt"]): task for task in data.load("", "tiny", 1)["comparison_prompts"]}
-    process, to_question = start(*flags)
-    for _ in range(count):
-        shown = to_question().removesuffix("ranking:\n").rsplit("\n[", 1)[-1].split("] ", 1)[1]
+    process, to_question = start(*flags, f"--out={place}/alone")
+    for _ in range(30):
+        shown = to_question().removesuffix("ranking:\n").split("] ", 1)[1]
         prompt, *shown = re.split(r"(?m)^  ([a-z])  ", shown)  # prompt, letter, response, letter, ..
         texts = {letter: " ".join(text.split()) for letter, text in zip(shown[::2], shown[1::2])}
         likes = {x: world.gold(tasks[key(prompt)], text)["gold"] + rng.gauss(0, 0.7) for x, text in texts.items()}
@@ -289,17 +266,9 @@ def person(count, *flags):
     to_question()
     say(process, "q")
     assert process.wait() == 0
-    return typed
-
-
-def test_the_way_round(place):
-    """30 comparisons through the terminal: the file holds what was typed, and trains a reward model, alone and with
-    those of the simulated labelers. Prints the accuracies of both on rankings of labelers who gave none."""
-    flags = "--scale=tiny", "--seed=1", "--device=cpu", f"--from={place}/out"
-    typed = person(30, *flags, f"--out={place}/alone")
     rows = rows_of(place / "alone" / "comparisons.jsonl")
     found = {(key(r["prompt"]), key(t)): rank for r in rows for t, rank in zip(r["responses"], r["ranks"])}
-    assert found == typed and len(rows) == 30 and all(row["seconds"] >= 0 for row in rows)
+    assert found == typed and len(rows) == 30
     (place / "more").mkdir()
     write(place / "more" / "comparisons.jsonl", rows + rows_of(place / "out" / "comparisons.jsonl"))
     valid = rows_of(place / "out" / "comparisons_valid.jsonl")
@@ -313,39 +282,26 @@ def test_the_way_round(place):
         assert 0.3 < accuracy < 0.9
 
 
-def blocks_of(title):
-    """The command lines that the README prints in a section."""
-    text = open(os.path.join(ROOT, "README.md"), encoding="utf-8").read()
-    section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    lines = [line for block in re.findall(r"(?s)\n```\n(.*?)```", section) for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("python ", "cat "))]
-
-
-SMALL = "--scale=tiny --device=cpu --max_new_tokens=6"
-TINY = {  # what a command is given besides what is printed: to be small
-    "label": f"{SMALL} --k_max=4", "reward.py": SMALL,
-    "ppo.py": f"{SMALL} --rollout_size=16 --minibatch_size=8 --episodes=16",
-}
-
-
 def tiny(line):
-    """A printed line with TINY before its flags, which so prevail."""
-    line = re.sub(r"python (ppo\.py|reward\.py(?= --))", lambda m: f"{m[0]} {TINY[m[1]]}", line)
-    return line.replace("reward.py label", f"reward.py label {TINY['label']}")
-
-
-RANKINGS = "".join(" > ".join("abcd"[:k]) + "\n" for k in (4, 3, 2)) * 40  # those that do not fit are slips
+    """A printed command with flags before its own, which so prevail, that keep it small."""
+    small = "--scale=tiny --device=cpu --max_new_tokens=6"
+    line = line.replace("ppo.py", f"ppo.py {small} --rollout_size=16 --minibatch_size=8 --episodes=16")
+    return re.sub(r"reward.py( label|(?= --))", rf"reward.py\1 {small} --k_max=4", line)
 
 
 def test_the_recipes_run_as_printed(place):
+    """Every command of the README's section on own data; to each of label many rankings are typed."""
     rng, world = random.Random(0), data.World()
     tasks = [world.task(rng) for _ in range(12)]
     pair = lambda task: dict(prompt=task["prompt"], chosen=task["reply"], rejected=data.spoiled(world, task, rng))
     (place / "pairs.json").write_text(json.dumps([pair(task) for task in tasks]))
     (place / "reward_fn.py").write_text("def reward(prompts, responses):\n    return [-len(r) for r in responses]\n")
     (place / "text.txt").write_text("\n<|endoftext|>\n".join(task["prompt"] + task["reply"] for task in tasks))
-    lines = blocks_of("Your own data")
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+        section = file.read().split("\n## Your own data\n")[1].split("\n## ")[0]
+    lines = re.findall(r"(?m)^(?:python|cat) .*", section)
     assert len(lines) == 10
+    typed = "a > b > c > d\na > b > c\na > b\n" * 40  # those that do not fit are slips
     for line in lines:
         if "gpt2" in line:
             try:
@@ -356,10 +312,9 @@ def test_the_recipes_run_as_printed(place):
             shape = dict(n_layer=1, n_head=2, n_embd=8)
             gpt = tiny_gpt(vocab_size=50_257, block_size=128, std=0.02, **shape)
             write_hf_folder(place / "gpt2-folder", hf_weights(gpt, ""), vocab_size=50_257, n_positions=128, **shape)
-        printed = shell(place, tiny(line), RANKINGS)
+        printed = shell(place, tiny(line), typed)
         assert "agreement" not in line or "agreement 1.000" in printed or "agreement 0." in printed
-    for folder in ("out-mine", "out-r", "out-gpt2", "out-2"):
-        assert sft.is_finished(f"{place}/{folder}/ppo.pt")
+    assert all(sft.is_finished(f"{place}/out{name}/ppo.pt") for name in ("-mine", "-r", "-gpt2", "-2"))
     models = {row.get("model") for row in rows_of(place / "labels" / "comparisons.jsonl")}
     assert models == {None, "out/ppo.pt", "out-2/ppo.pt"}
 
