@@ -274,7 +274,7 @@ def content(name):
 
 
 def world_checksum():
-    """A number that changes with what models of the world learn from, but not with comments."""
+    """A number that changes with what the main job learns from, but not with comments."""
     learnt = sorted(set(FORMS) - {"heldout.txt", "benchmarks.txt"})
     return zlib.crc32("\n".join(sum(map(content, learnt), [])).encode())
 
