@@ -401,8 +401,8 @@ def write_safetensors(path, weights):
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
 
 
-def write_hf_folder(folder, weights, file="model.safetensors"):
-    (folder / "config.json").write_text(json.dumps(HF_CONFIG))
+def write_hf_folder(folder, weights, file="model.safetensors", **config):
+    (folder / "config.json").write_text(json.dumps({**HF_CONFIG, **config}))
     if file == "model.safetensors":
         write_safetensors(folder / file, weights)
     else:
