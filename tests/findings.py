@@ -740,8 +740,8 @@ def number_text(pairs):
 def merged(kept, number):
     """The cells of a finding -> rows {label: {column: a pair of each seed}}, claims {text: {seed: its
     margin}}, the column shown, seeds."""
-    parts = {tuple(key.split("/")): cell for key, cell in kept["cells"].items()}
-    cells = {seed: cell for (finding, seed), cell in parts.items() if finding == str(number)}
+    parts = {tuple(map(int, key.split("/"))): cell for key, cell in kept["cells"].items()}
+    cells = {str(seed): parts[number, seed] for finding, seed in sorted(parts) if finding == number}
     rows, claims, shown = defaultdict(lambda: defaultdict(list)), defaultdict(dict), None
     for seed, cell in cells.items():
         shown = cell["shown"]
