@@ -2,10 +2,11 @@
 The paper's findings in miniature: fifteen claims of InstructGPT, measured on the models of a run.
 
     python tests/findings.py                   all fifteen on three seeds; trains what is missing, goes on
-                                               where it was stopped; out/report.md and figures
+                                               where it was stopped; out/report.md and figures; on one busy
+                                               core more than an hour a seed, after its main job
     python tests/findings.py --finding=2,12    only these
-    python tests/findings.py --quick           one seed, without those that train many models
-                                               one process a seed: they share its models
+    python tests/findings.py --quick           one seed, without those that train many models: 5 minutes
+                                               (one process a seed: they share its models)
     python tests/findings.py reviews --data=DIR --out=DIR      imported movie reviews: how many of the
                                                continuations in out/responses.jsonl are positive
 
@@ -55,7 +56,6 @@ class Config:
     data: str = ""  # reviews: the folder of the imported reviews
 
 
-# items of a benchmark; comparisons in 11 to 13; episodes in 8; other sizes in 2: (layers, heads, width)
 # items of a benchmark; comparisons of the weak reward model in 12 and 13 (3 has three times as many), and
 # in 11; sizes in 2: (layers, heads, width)
 SCALES = dict(
