@@ -23,9 +23,8 @@ Reward model: none is predicted, its scalar is read at the last real token. PPO:
 for kl, rewards, values and advantages. eot is always an action, padding never: were padding eot too (as
 where GPT-2's one special token serves as both) and all of it masked, no model would learn to stop.
 
-The file in order: what RLHF needs of its data; below the bar, not needed to follow the
-algorithm, the miniature world (its words and patterns are plain text under assets/world), simulated
-labelers, the tokenizer, dataset files, importers (`python data.py import FORMAT FILE.. --out=DIR`).
+Below the bar: the miniature world, simulated labelers, the tokenizer, dataset files, and importers
+(`python data.py import FORMAT FILE.. --out=DIR`).
 """
 
 import functools
@@ -195,10 +194,10 @@ def bucketed(lengths, batch, seed, count):
     batches, epoch = [], 0
     while len(batches) < count:
         rng = np.random.default_rng([seed, epoch])
-        order = rng.permutation(len(lengths))
+        order = rng.permutation(len(lengths)).tolist()
         pools = [sorted(pool, key=lambda i: lengths[i]) for pool in cut(order, 16 * batch)]
         sorted_batches = [piece for pool in pools for piece in cut(pool, batch)]
-        batches += [list(map(int, sorted_batches[j])) for j in rng.permutation(len(sorted_batches))]
+        batches += [sorted_batches[j] for j in rng.permutation(len(sorted_batches))]
         epoch += 1
     return batches[:count]
 
@@ -210,12 +209,10 @@ def draw(rows, count, rng):
 
 def every_row(count, turn, size, seed):
     """The `size` rows of a turn, each of `count` rows once before any comes again -> indices."""
-    rows, first = [], turn * size
-    while len(rows) < size:
-        epoch, place = divmod(first + len(rows), count)
-        order = np.random.default_rng([seed, 4, epoch]).permutation(count)
-        rows += order[place : place + size - len(rows)].tolist()
-    return rows
+    first, last = turn * size, (turn + 1) * size
+    epochs = range(first // count, -(-last // count))  # that the turn takes rows of
+    orders = [np.random.default_rng([seed, 4, epoch]).permutation(count) for epoch in epochs]
+    return np.concatenate(orders)[first % count :][:size].tolist()
 
 
 def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
@@ -286,8 +283,7 @@ def read_blocks(name):
     for line in content(name):
         mark, _, text = line.partition(" ")
         if mark.startswith("["):
-            blocks.append(dict(category=mark[1:-1], rest=text.split(), constraints=[]))
-            blocks[-1].update({part: [] for part in parts.values()})
+            blocks.append(defaultdict(list, category=mark[1:-1], rest=text.split()))
         elif not blocks:
             raise ValueError(f"assets/world/{name}: {line!r} stands before the first [category]")
         elif mark == "?":
@@ -454,8 +450,7 @@ class World:
         bound = {}
         prompt = self.expand(pattern, bound, rng)
         is_filled = bool(bound)
-        classes = {key: key.rstrip("23456789") for key in bound}
-        slots = [word for key, word in bound.items() if classes[key] in self.classes and word in prompt]
+        slots = [w for key, w in bound.items() if key.rstrip("23456789") in self.classes and w in prompt]
         reply = self.expand(rng.choice(block["replies"]), bound, rng)
         demands = [f"has {w}" for w in slots] if "slots" in block["demands"] else []
         demands += [self.expand(d, bound, rng) for d in block["demands"] if d != "slots"]
@@ -551,8 +546,7 @@ def liking(parts, helpful=1.0, true=1.0, harmless=1.0):
 
 
 # --------------------------------------------------------------------------------------------------
-# simulated labelers (InstructGPT, sec. 3.4 and App. B): what they write, and how they judge: own weights,
-# own noise, own idea of a tie
+# simulated labelers (InstructGPT, sec. 3.4 and App. B): what they write, and how they judge
 
 # mistakes made on purpose, one a reply: what a reward model must learn to see; weights where they apply
 SPOILED = dict(word=4, repeat=1, filler=1, insult=1, cut=1, omit=1, mood=6, myth=6, constraint=6)
@@ -786,8 +780,7 @@ class Tokenizer:
     @classmethod
     def train(cls, texts, vocab_size):
         """Byte-level BPE: 256 bytes, the most frequent merges, and eot; fewer if pairs run out."""
-        if vocab_size < 257:
-            raise SystemExit(f"a vocabulary of {vocab_size} is too small: bytes and eot need 257")
+        check(vocab_size >= 257, f"a vocabulary of {vocab_size} is too small: bytes and eot need 257")
         counts = Counter(word for text in texts for word in re.findall(WORD, add_spaces(text)))
         return cls("bpe", train_bpe(counts, vocab_size - 1))
 
@@ -1028,14 +1021,12 @@ def split_by_user(rows, shares, seed, name="rows"):
         print(f"only {len(rows)} {name}: those for training are used for validation and tests, too")
     elif not whole_users:
         print(f"too few users to split {len(rows)} {name} by user: split by row")
-    return tuple([rows[i] for i in sorted(part or parts[0])] for part in parts)
+    return [[rows[i] for i in sorted(part or parts[0])] for part in parts]
 
 
 # --------------------------------------------------------------------------------------------------
-# importers: python data.py import FORMAT FILE.. --out=DIR
-#
-# An importer takes one row of the source and yields (dataset file, row for it), or raises an error if
-# it is unusable.
+# importers: each takes one row of the source and yields (dataset file, row for it), or raises an error
+# if it is unusable
 
 
 def comparison(prompt, responses, scores, **more):
