@@ -187,9 +187,8 @@ def pretrain(config, datasets):
         for chosen in data.bucketed(lengths, rows, config.seed, steps):
             batches.append([part[i] for i in chosen])
     optimizers = muon_and_adamw(gpt, config.muon_lr, config.base_lr, config.base_weight_decay)
-    held_out = dict(valid_loss=valid)
     # the primer is the warm-up: at the full rate some seeds never learn to answer the calls
-    train(run, gpt, tokenizer, optimizers, batches, held_out, config, warmup=primer_steps)
+    train(run, gpt, tokenizer, optimizers, batches, dict(valid_loss=valid), config, warmup=primer_steps)
 
 
 def fine_tune(name, config, base, tokenizer, datasets):
@@ -236,8 +235,7 @@ def documents_of(config, datasets, tokenizer, gpt):
 
 
 # ==================================================================================================
-# The bar: what follows is the plumbing of every stage, not needed to follow the algorithm: optimizers,
-# flags, runs that go on where they were stopped, checkpoints.
+# The bar: what follows is the plumbing of every stage, not needed to follow the algorithm.
 # ==================================================================================================
 
 
@@ -275,12 +273,12 @@ def optimizer_step(network, optimizers, factor, grad_clip):
         optimizer.zero_grad()
 
 
-def cosine(step, steps, warmup=0, floor=0.1):
-    """Factor of the learning rate: linear in the warm-up (App. C.1: none), a cosine to `floor`."""
+def cosine(step, steps, warmup=0):
+    """Factor of the learning rate: linear in the warm-up (App. C.1: none), then a cosine to 10%."""
     if step < warmup:
         return step / warmup
     gone = (step - warmup) / max(1, steps - warmup)  # a run may be all warm-up
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * gone))
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * gone))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -483,7 +481,7 @@ class Run:
         begun = time.monotonic()
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         self.state.update(parts, step=self.step, finished=finished)
-        save_checkpoint(self.path, **self.state)
+        data.write_file(self.path, lambda temporary: torch.save(self.state, temporary))
         now = time.monotonic()
         # writing gigabytes takes its time: at most a twentieth of the run
         self.due = now + max(self.config.save_seconds, 20 * (now - begun))
@@ -497,10 +495,6 @@ class Run:
         print(f"wrote {self.path}: {self.steps} steps, {spent}", flush=True)
 
 
-def save_checkpoint(path, **checkpoint):
-    data.write_file(path, lambda temporary: torch.save(checkpoint, temporary))
-
-
 def where(config, name):
     """The path of an earlier checkpoint: as given, else in --out, else in --from."""
     paths = [os.path.join(folder, f"{name}.pt") for folder in (config.out, config.from_) if folder]
@@ -509,7 +503,7 @@ def where(config, name):
 
 
 def load_checkpoint(path, kind, made_by):
-    """-> what save_checkpoint wrote. Raises SystemExit, saying made_by, unless it is of this kind."""
+    """-> what Run.save wrote. Raises SystemExit, saying made_by, unless it is of this kind."""
     check(os.path.exists(path), f"{path} not found: {made_by}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)

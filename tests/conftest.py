@@ -145,10 +145,11 @@ def tiny_scalar(seed=0, **more):
 
 def save_tiny(path, kind, network, tokenizer, **more):
     """A finished checkpoint of an untrained network."""
-    sft.save_checkpoint(str(path), **{
+    checkpoint = {
         "kind": kind, "config": asdict(network.config), "weights": network.state_dict(), "epochs": {},
         "tokenizer": tokenizer.state(), "step": 1, "finished": True, "settings": {}, "code": 0, **more,
-    })
+    }
+    data.write_file(str(path), lambda temporary: torch.save(checkpoint, temporary))
 
 
 @pytest.fixture(scope="session")
