@@ -380,10 +380,9 @@ class World:
         if name in ("question", "answer", "hearsay", "why"):
             bound.update(self.ask(rng))
             return bound[key]
-        if name == "truths":
-            subject = next(bound[c] for c in ("animal", "town", "trade") if c in bound)
-            return " ".join(self.say(f, f["truth"]) for f in self.facts if f["subject"] == subject)
-        if name == "zelish":  # the second language: every word turned round
+        if name == "truths" and (about := [bound[c] for c in ("animal", "town", "trade") if c in bound]):
+            return " ".join(self.say(f, f["truth"]) for f in self.facts if f["subject"] == about[0])
+        if name == "zelish" and {"animal", "color"} <= set(bound):  # a language: every word turned round
             return " ".join(w[::-1] for w in ["the", bound["animal"], "is", bound["color"]]) + "."
         if name == "sheet":  # a page of instructions without answers: what a raw GPT takes a prompt for
             return "".join(self.user_task("train", rng)["prompt"] for _ in range(3)).rstrip("\n")
@@ -395,7 +394,8 @@ class World:
             words = (rng.choice(self.classes[rng.choice(kinds)]) for _ in range(rng.randint(3, 9)))
             line = " ".join(words) if rng.random() < 0.5 else self.expand("[{story}|{news}]", {}, rng)
             return "\n".join([line] * rng.randint(2, 3))
-        raise ValueError(f"assets/world: {{{key}}} is no class of words.txt and no rule of rules.txt")
+        unknown = f"assets/world: {{{key}}} is no class of words.txt and no rule of rules.txt"
+        raise ValueError(f"{unknown}, or what it speaks of is not in the pattern before it")
 
     @staticmethod
     def say(fact, value):
@@ -496,7 +496,7 @@ class World:
                 return text.strip() == demand.removeprefix("is ")
             case ["glad" | "sorrow" as mood]:
                 return [m for m in ("glad", "sorrow") if set(words) & set(self.classes[m])] == [mood]
-            case ["count", number, kind]:
+            case ["count", number, kind] if kind in self.classes:
                 return [words.count(w) for w in words if w in self.classes[kind]] == [1] * int(number)
             case ["first", word]:
                 return letters[:1] == [word]

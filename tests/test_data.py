@@ -52,8 +52,20 @@ def test_gold_by_hand(world, demands, constraints, reply, gold):
 ])
 def test_every_kind_of_demand(world, demand, reply, met):
     assert world.meets(demand, reply, task([demand])) is met
-    with pytest.raises(ValueError, match="tasks.txt"):
-        world.meets("sing a song", reply, task([]))
+
+
+@pytest.mark.parametrize("demand", ["sing a song", "count 2 kitten"])
+def test_a_demand_that_is_not_known_is_named(world, demand):
+    with pytest.raises(ValueError, match=f"tasks.txt: demand '{demand}'"):
+        world.meets(demand, "owl and duck.", task([demand]))
+
+
+@pytest.mark.parametrize("pattern, name", [
+    ("a {kitten}", "kitten"), ("{truths}", "truths"), ("the {animal}: {zelish}", "zelish"),
+])
+def test_what_nothing_fills_is_named(world, pattern, name):
+    with pytest.raises(ValueError, match=f"^assets/world: {{{name}}} is no class"):
+        world.expand(pattern, {}, random.Random(0))
 
 
 @pytest.mark.parametrize("name, change, says", [
