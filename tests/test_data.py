@@ -245,9 +245,10 @@ def test_labelers_agree_as_often_as_the_papers_and_rank_densely_with_ties(world)
 
 
 def test_masks_by_hand():
-    pairs = [([1, 2], [3, 9]), ([4], [9])]
+    """J5: eot is an action also where padding has its id, since masks come from lengths."""
+    pairs = [([1, 2], [3, 0]), ([4], [0])]
     tokens, mask = data.demonstration_batch(pairs)
-    assert tokens.tolist() == [[1, 2, 3, 9], [4, 9, 0, 0]]
+    assert tokens.tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]
     assert mask.int().tolist() == [[0, 1, 1], [1, 0, 0]]
     assert data.demonstration_batch(pairs, train_on_prompts=True)[1].int().tolist() == [[1, 1, 1], [1, 0, 0]]
 
