@@ -101,10 +101,10 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def fails(call, *arguments):
+def fails(call, *arguments, **flags):
     """-> the one line of the SystemExit that the call must raise: exit status 1, and that line on stderr."""
     with pytest.raises(SystemExit) as stop:
-        call(*arguments)
+        call(*arguments, **flags)
     assert isinstance(stop.value.code, str) and stop.value.code and "\n" not in stop.value.code
     return stop.value.code
 

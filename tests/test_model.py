@@ -89,8 +89,8 @@ def test_a_position_reads_the_tokens_up_to_it_and_no_later_one(make, lookup):
 
 @pytest.mark.parametrize("lookup, std", [(False, 0.02), (True, 0.06)])
 def test_initial_weights(lookup, std):
-    """What is added to the residual stream has std / sqrt(2 * n_layer), half for two layers. With lookup, query
-    and key matrices of head 0 are equal at first, so that a token attends most to itself earlier."""
+    """What is added to the residual stream has std / sqrt(2 * n_layer), half for two layers. With lookup,
+    query and key matrices of head 0 are equal at first, so that a token attends most to itself earlier."""
     torch.manual_seed(0)
     gpt = model.GPT(model.GPTConfig(100, 50, n_layer=2, n_head=2, n_embd=128, lookup=lookup))
     for name, weight in gpt.state_dict().items():
@@ -161,8 +161,8 @@ def test_the_logprob_of_an_action_that_never_happens_is_finite():
 
 
 def test_bfloat16_rounds_activations_but_neither_scores_nor_the_type_of_a_result():
-    """bfloat16 has 8 bits: a number is rounded by up to 0.4%, and some ten such errors add up. What the head of a
-    reward model reads is rounded, what it says is not."""
+    """bfloat16 has 8 bits: a number is rounded by up to 0.4%, and some ten such errors add up. What the head
+    of a reward model reads is rounded, what it says is not."""
     results = []
     for rounded in (False, True):
         gpt = tiny_gpt(std=0.1)
@@ -254,8 +254,8 @@ def test_cached_logits_equal_a_full_forward_at_every_step(size, rounded, lookup,
 
 
 def test_dropping_finished_rows_changes_nothing_for_greedy(monkeypatch):
-    """J7: forty rows that end at different steps and leave the batch; each equals its own uncached decoding. When
-    all have ended, no step follows."""
+    """J7: forty rows that end at different steps and leave the batch; each equals its own uncached decoding.
+    When all have ended, no step follows."""
     monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 30)
     gpt, eot = tiny_gpt(26, std=0.2).double(), 7
     generator = luck()
@@ -421,7 +421,8 @@ def test_from_pretrained_by_name_takes_what_transformers_fetches(monkeypatch):
     assert "pip install transformers" in fails(model.GPT.from_pretrained, "gpt2")
     library, gpt = mock.Mock(), tiny_gpt()
     theirs = library.GPT2LMHeadModel.from_pretrained.return_value
-    theirs.config.to_dict.return_value, theirs.state_dict.return_value = HF_CONFIG, hf_weights(gpt, "transformer.")
+    theirs.config.to_dict.return_value = HF_CONFIG
+    theirs.state_dict.return_value = hf_weights(gpt, "transformer.")
     monkeypatch.setitem(sys.modules, "transformers", library)
     assert torch.equal(model.GPT.from_pretrained("gpt2")(TOKENS), gpt(TOKENS))
     library.GPT2LMHeadModel.from_pretrained.side_effect = OSError("gtp2 is not a model\nsecond line")

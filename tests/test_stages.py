@@ -65,13 +65,14 @@ def test_one_command_trains_what_is_missing_and_ends_in_the_table(made):
 
 
 def test_ppo_log_has_every_number_and_its_first_ratio_is_one(made):
-    """J11, in the product: the first minibatch of every iteration."""
+    """J11, in the product: the first minibatch of every iteration. J26: kl is 0 before the first update, when
+    the policy is the reference."""
     rows = rows_of(made[0] / "ppo.jsonl")
     wanted = "score kl kl3 entropy clipfrac first_ratio explained_variance eot_rate length ptx_loss gold "
     wanted += "seconds_generate seconds_score seconds_update tokens_s memory_gb"
     for row in rows:
         assert row.keys() >= set(wanted.split()) and abs(row["first_ratio"] - 1) < 1e-5
-    assert rows[0]["kl"] == rows[0]["kl3"] == 0  # before the first update the policy is the reference
+    assert rows[0]["kl"] == rows[0]["kl3"] == 0
 
 
 def test_gold_takes_the_place_of_the_reward_model(made, tmp_path):
@@ -251,12 +252,9 @@ def test_bad_flags(tmp_path, stage, flags, says):
     assert says in refused(stage, f"--out={tmp_path}", *flags.split()) and not list(tmp_path.glob("*.pt"))
 
 
-def test_swapped_checkpoints_and_models_of_two_encodings(made, tmp_path):
-    flags = f"--out={tmp_path}", f"--from={made[0]}"
-    for flag, found, expected in (("reward", "sft", "a reward"), ("ppo_init", "reward", "a policy")):
-        said = refused("ppo", *flags, f"--{flag}={made[0]}/{found}.pt")
-        assert f"{found}.pt holds a" in said and f"expected {expected}" in said
+def test_models_of_two_encodings(made, tmp_path):
     checkpoint = torch.load(made[0] / "reward.pt", weights_only=True)
     checkpoint["tokenizer"]["tokens"][300:302] = reversed(checkpoint["tokenizer"]["tokens"][300:302])
     torch.save(checkpoint, tmp_path / "reward.pt")
-    assert "reward.pt has another encoding than the policy" in refused("ppo", *flags)
+    said = refused("ppo", f"--out={tmp_path}", f"--from={made[0]}")
+    assert "reward.pt has another encoding than the policy" in said
