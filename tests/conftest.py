@@ -32,38 +32,16 @@ to get wrong:
     J28  the gradients of PPO and pretraining text add up to one optimizer step
     J30  kl may be negative on a token; a mean below 0 over many batches is a bug
 
-L are worked examples, each with its arithmetic beside it:
-
-    L2   eq. 1 for four ranked responses, and its gradient
-    L3   the same scores plus 10
-    L4   two of the four tied: the pair is dropped
-    L6   prompts of 4 and of 9 responses weigh the same
-    L7   the shift to demonstrations
-    L8   the std of fresh heads, for 8 channels
-    L9   rewards shaped by the kl of four tokens
-    L10  GAE on L9
-    L11  GAE with lambda 1, and 0
-    L13  whitened advantages of L10
-    L14  whitened rewards of which the mean stays
-    L15  whitening under a mask
-    L16  the clipped surrogate and its slope, six cases
-    L17  the clipped value loss
-    L18  three estimators of kl on the tokens of L9
-    L19  the exact kl of two distributions over three words
-    L22  the cosine of the learning rate
-    L23  its warm-up in PPO
-    L24  the moving average of the weights
-    L26  the kl of best-of-n
-    L28  entropy of two answers; the best of two answers by mean log-probability; F1 of SQuAD
-    L29  the interval of a win rate
-    L30  log-probabilities at temperatures 1 and 0.7
+L are worked examples: the arithmetic stands where one is first computed, other tests go on from its numbers.
 """
 
+import gzip
 import io
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -80,6 +58,7 @@ import sft
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+TINY = ("--scale=tiny", "--device=cpu")
 
 
 def close(found, expected, atol=1e-10):
@@ -96,9 +75,23 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
+def write(path, rows):
+    """A file of JSON lines, packed if its name says so. rows: dicts, or lines as they shall stand -> path."""
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    raw = "".join(line + "\n" for line in lines).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw) if path.name.endswith(".gz") else raw)
+    return str(path)
+
+
 def rows_of(path):
     """The rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def python(*command, **more):
+    """`python COMMAND` in the repository, to its end -> returncode, stdout, stderr."""
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, **more)
 
 
 def fails(call, *arguments, **flags):
@@ -186,7 +179,7 @@ def chain(tmp_path_factory):
         rows.append(
             dict(prompt=prompt, responses=[line() for _ in range(4)], ranks=[1, 2, 2, 3], user=f"user{i}")
         )
-    (folder / "comparisons.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(folder / "comparisons.jsonl", rows)
     tokenizer = data.Tokenizer.train([row["prompt"] + " ".join(row["responses"]) for row in rows], 280)
     gpt = tiny_gpt(1, vocab_size=tokenizer.n_vocab, block_size=64, std=0.1)
     for name in ("base", "sft", "ppo_init"):
@@ -194,6 +187,15 @@ def chain(tmp_path_factory):
     reward_model = tiny_scalar(2, vocab_size=tokenizer.n_vocab, block_size=64, std=0.1)
     save_tiny(folder / "reward.pt", "reward", reward_model, tokenizer)
     return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """The folder of one whole tiny run, made by `python ppo.py --scale=tiny`, and what it printed."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    done = python("ppo.py", *TINY, f"--out={out}")
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
+    return out, done.stdout
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from conftest import fails  # first: it puts the repository on the path
+from conftest import fails, write  # first: it puts the repository on the path
 import data
 from data import FORMATS, Tokenizer, import_files, import_main, import_rows, read_folder, read_jsonl
 
@@ -26,15 +26,6 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 @pytest.fixture(scope="module")
 def bpe():
     return Tokenizer.train(TEXTS, 600)
-
-
-def write(path, rows):
-    """rows: dicts, or lines as they shall stand."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    raw = "".join(line + "\n" for line in lines).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(raw) if path.name.endswith(".gz") else raw)
-    return str(path)
 
 
 def used(format, *paths):

@@ -87,8 +87,8 @@ def test_ranking_loss_as_a_double_loop():
 
 
 def test_score_is_read_at_the_last_real_token_of_the_whole_row(monkeypatch):
-    """J1, J4: prompt and response are read as in a forward of the row alone, not to the end of the padded row,
-    not to one token before; more padding changes nothing. Rows are scored in pieces of similar length; each
+    """J1, J4: prompt and response are read as in a forward of the row alone, not to the end of the padded
+    row, not to one token before; more padding changes nothing. Rows are scored in pieces of similar length; each
     comes back to its place."""
     scalar, rng = tiny_scalar().double(), random.Random(0)
     rows = [[rng.randrange(1, 11) for _ in range(rng.randint(1, 20))] for _ in range(23)]

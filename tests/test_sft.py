@@ -1,7 +1,6 @@
 """Tests of sft.py: the loss and what is mixed into a batch; then what every stage stands on: optimizers,
 a run that goes on where it was stopped, checkpoints, flags."""
 
-import json
 import os
 import re
 import signal
@@ -19,7 +18,7 @@ import model
 import ppo
 import reward
 import sft
-from conftest import CPU, Trap, fails, pickled, rows_of, same, save_tiny, tiny_gpt, tiny_scalar
+from conftest import CPU, Trap, fails, pickled, rows_of, same, save_tiny, tiny_gpt, tiny_scalar, write
 
 TOKENS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]])
 TOKENIZER = data.Tokenizer.train(["say cat"], 280)
@@ -84,8 +83,8 @@ def test_rows_are_cut_to_the_context_of_a_given_base(chain, tmp_path, capsys):
     long = "cat dog " * 20  # 100 tokens and more
     rows = [dict(prompt="say cat\n", response=text) for text in ["cat"] * 20 + [long]]
     (tmp_path / "comparisons.jsonl").write_text((chain / "comparisons.jsonl").read_text())
-    (tmp_path / "demonstrations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "pretrain.txt").write_text(f"{long}\n<|endoftext|>\n{long}\n")
+    write(tmp_path / "demonstrations.jsonl", rows)
+    write(tmp_path / "pretrain.txt", [long, "<|endoftext|>", long])
     sft.main(config_of(chain, tmp_path, data=str(tmp_path)))
     assert "demonstrations: longer than 64 tokens" in capsys.readouterr().out
     assert sft.load_policy(str(tmp_path / "ppo_init.pt"), "", CPU)[0].config.block_size == 64

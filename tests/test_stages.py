@@ -18,31 +18,14 @@ import eval
 import ppo
 import reward
 import sft
-from conftest import ROOT, fails, rows_of, same
+from conftest import ROOT, TINY, fails, python, rows_of, same
 
 NAMES = ("base", "sft", "ppo_init", "reward", "ppo")
 STAGES = dict(sft=sft, reward=reward, ppo=ppo, eval=eval)
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """The folder of one whole tiny run, made by `python ppo.py --scale=tiny`, and what it printed."""
-    out = tmp_path_factory.mktemp("made") / "out"
-    done = python("ppo.py", f"--out={out}")
-    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-    return out, done.stdout
-
-
-def command(stage, *flags):
-    return [sys.executable, stage, "--scale=tiny", "--device=cpu", *flags]
-
-
-def python(stage, *flags):
-    return subprocess.run(command(stage, *flags), cwd=ROOT, capture_output=True, text=True)
-
-
 def configure(stage, *flags):
-    return sft.parse(STAGES[stage].Config, STAGES[stage].SCALES, ["--scale=tiny", "--device=cpu", *flags])
+    return sft.parse(STAGES[stage].Config, STAGES[stage].SCALES, [*TINY, *flags])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -127,14 +110,14 @@ def test_stopped_and_started_again_gives_the_same_bits(made, tmp_path, stage, ma
     what it makes equals that of the run that was never stopped."""
     for name in NAMES[: dict(sft=0, reward=3, ppo=4)[stage]]:
         shutil.copy(made[0] / f"{name}.pt", tmp_path)
-    flags, pipe = (f"{stage}.py", f"--out={tmp_path}", "--save_seconds=0"), subprocess.PIPE
-    process = subprocess.Popen(command(*flags), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+    command, pipe = (f"{stage}.py", *TINY, f"--out={tmp_path}", "--save_seconds=0"), subprocess.PIPE
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / marker).exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(0.15)
     process.send_signal(how)
-    message, done = process.communicate()[1], python(*flags)
+    message, done = process.communicate()[1], python(*command)
     assert process.returncode != 0 and done.returncode == 0, done.stderr
     for name in makes:
         checkpoints = [torch.load(folder / f"{name}.pt", weights_only=True) for folder in (tmp_path, made[0])]
