@@ -241,7 +241,7 @@ def test_the_recipes_run_as_printed(made, tmp_path):
     write(tmp_path / "pairs.json", [
         dict(prompt=t["prompt"], chosen=t["reply"], rejected=text) for t, text in zip(tasks, spoiled)
     ])
-    write(tmp_path / "reward_fn.py", ["def reward(prompts, responses):", "    return list(map(len, responses))"])
+    write(tmp_path / "reward_fn.py", ["def reward(_, responses):", "    return list(map(len, responses))"])
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(t["prompt"] + t["reply"] for t in tasks))
     section = Path(ROOT, "README.md").read_text("utf-8").split("\n## Your own data\n")[1].split("\n## ")[0]
     lines = re.findall(r"(?m)^(?:python|cat) .*", section)

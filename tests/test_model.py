@@ -253,38 +253,24 @@ def test_cached_logits_equal_a_full_forward_at_every_step(size, rounded, lookup,
                 close(logits[b], full, 1 / 16 if rounded else 1e-10)
 
 
-def test_dropping_finished_rows_changes_nothing_for_greedy(monkeypatch):
-    """J7: forty rows that end at different steps and leave the batch; each equals its own uncached decoding.
-    When all have ended, no step follows."""
+@pytest.mark.parametrize("eot", [0, 3])
+def test_a_row_leaves_after_its_eot_which_is_kept_and_changes_nothing_for_greedy(monkeypatch, eot):
+    """J7, J8, J13: forty rows that end at different steps, or not, some with a prompt that ends in eot; each
+    equals its own uncached decoding, and only padding stands behind. When all have ended, no step follows."""
     monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 30)
-    gpt, eot = tiny_gpt(26, std=0.2).double(), 7
-    generator = luck()
+    gpt, generator, seen = tiny_gpt(61, std=0.2).double(), luck(), watch_logits(monkeypatch)
     prompts = [torch.randint(11, (n % 5 + 1,), generator=generator).tolist() for n in range(40)]
-    seen = watch_logits(monkeypatch)
     tokens, lengths = model.generate(gpt, prompts, 12, temperature=0, eot=eot)
     expected = [greedy_by_definition(gpt, prompt, 12, eot) for prompt in prompts]
-    assert rows_of(tokens, lengths) == expected
+    assert rows_of(tokens, lengths) == expected and any(prompt[-1] == eot for prompt in prompts)
+    padding = torch.arange(lengths.max()) >= lengths[:, None]
+    assert padding.shape == tokens.shape and not tokens[padding].any()
     steps = [len(row) - len(prompt) for row, prompt in zip(expected, prompts)]
     assert len(set(steps)) >= 4 and len({len(logits) for logits in seen}) >= 3  # they end, and leave
     seen.clear()
-    model.generate(gpt, [prompt for prompt, n in zip(prompts, steps) if n <= 3], 12, temperature=0, eot=eot)
-    assert len(seen) == 3
-
-
-@pytest.mark.parametrize("eot", [0, 3, None])
-def test_a_row_ends_after_its_eot_which_is_kept(eot):
-    """J8, J13: at most one eot, at the end; only padding behind; a row without one has all the tokens it may
-    have, and so have all where none is named. A prompt that ends in eot goes on."""
-    gpt, prompts, ended = tiny_gpt(), RAGGED[:4] * 20 + [[3, 3]] * 20, 0
-    tokens, lengths = model.generate(gpt, prompts, 10, eot=eot, generator=luck())
-    for prompt, row, length in zip(prompts, tokens.tolist(), lengths.tolist()):
-        response = row[len(prompt) : length]
-        assert row[: len(prompt)] == prompt and not any(row[length:])
-        assert response and eot not in response[:-1]
-        assert response[-1] == eot or len(response) == 10
-        ended += response[-1] == eot
-    assert 10 < ended < 100 if eot is not None else ended == 0
-    assert tokens.size(1) == lengths.max()
+    ending = [prompt for prompt, n in zip(prompts, steps) if n < 12]
+    tokens, lengths = model.generate(gpt, ending, 12, temperature=0, eot=eot)
+    assert len(seen) == max(n for n in steps if n < 12) and tokens.size(1) == lengths.max()
 
 
 def test_a_sample_is_a_function_of_the_generator_and_no_other_row_has_the_same():

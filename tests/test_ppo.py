@@ -141,10 +141,8 @@ def test_whiten_by_hand(rows, shift_mean, expected):
 ])
 def test_policy_loss_and_clipfrac_by_hand(advantages, ratios, masked, expected, share, slopes):
     """L16, cliprange 0.2: only a move that has already gone 0.2 the favourable way stops being rewarded. Both
-    are means over unmasked tokens.
-
-    slopes are d loss / d ratio of a token alone; the derivative by its log-probability is ratio times that.
-    """
+    are means over unmasked tokens. slopes are d loss / d ratio of a token alone; the derivative by its
+    log-probability is ratio times that."""
     new_logprobs, mask = f64(ratios).log().requires_grad_(), ones(f64(ratios))
     mask[:, masked] = False
     loss, clipfrac = ppo.policy_loss(new_logprobs, f64([0.0] * len(ratios)), f64(advantages), mask, 0.2)
@@ -181,9 +179,8 @@ def test_explained_variance_of_perfect_constant_and_opposite_values():
 
 
 def test_kl_estimates_are_unbiased():
-    """L19, by enumeration: the mean over the policy's own actions of k1 and of k3
-    is KL(policy || ref) = 0.025267.
-    k3 with r upside down has the mean 0.024733, and KL(ref || policy) is 0.025815."""
+    """L19, by enumeration: the mean over the policy's own actions of k1 and of k3 is KL(policy || ref) =
+    0.025267. k3 with r upside down has the mean 0.024733, and KL(ref || policy) is 0.025815."""
     policy, ref = f64([0.5], [0.3], [0.2]), f64([0.4], [0.4], [0.2])  # one action a row
     exact = (policy * (policy / ref).log()).sum().item()
     assert exact == pytest.approx(0.025267, abs=1e-6)

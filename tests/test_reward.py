@@ -88,8 +88,8 @@ def test_ranking_loss_as_a_double_loop():
 
 def test_score_is_read_at_the_last_real_token_of_the_whole_row(monkeypatch):
     """J1, J4: prompt and response are read as in a forward of the row alone, not to the end of the padded
-    row, not to one token before; more padding changes nothing. Rows are scored in pieces of similar length; each
-    comes back to its place."""
+    row, not to one token before; more padding changes nothing. Rows are scored in pieces of similar length;
+    each comes back to its place."""
     scalar, rng = tiny_scalar().double(), random.Random(0)
     rows = [[rng.randrange(1, 11) for _ in range(rng.randint(1, 20))] for _ in range(23)]
     monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 60)  # some four rows
@@ -114,15 +114,11 @@ class LastId(torch.nn.Module):
 GROUPS = [([[1, 5], [1, 3], [1, 1, 1, 4]], [1, 3, 2]), ([[2, 9], [2, 2, 8]], [2, 1])]
 
 
-def test_comparisons_of_different_k_share_a_batch_with_empty_slots():
-    scores, ranks = reward.score_groups(LastId(), GROUPS, CPU)
-    assert scores.tolist() == [[5, 3, 4], [9, 8, 0]]
-    assert ranks.tolist() == [[1, 3, 2], [2, 1, 0]]
-
-
 def test_accuracy_is_the_share_of_untied_pairs_in_the_labelers_order():
-    """First group: 5 > 4 > 3 as ranked, 3 of 3. Second: 9 scores above 8 but is ranked below, 0 of 1.
-    A tie adds no pair."""
+    """First group: 5 > 4 > 3 as ranked, 3 of 3. Second: 9 scores above 8 but is ranked below, 0 of 1. They
+    share a batch, with an empty slot. A tie adds no pair."""
+    scores, ranks = reward.score_groups(LastId(), GROUPS, CPU)
+    assert scores.tolist() == [[5, 3, 4], [9, 8, 0]] and ranks.tolist() == [[1, 3, 2], [2, 1, 0]]
     tied = ([[1, 7], [1, 6]], [1, 1])
     assert reward.evaluate(LastId(), GROUPS + [tied], CPU)["accuracy"] == 3 / 4
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -324,8 +325,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
     old = path.read_bytes()
 
     def half(_, temporary):
-        with open(temporary, "wb") as file:
-            file.write(old[: len(old) // 2])
+        Path(temporary).write_bytes(old[: len(old) // 2])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)

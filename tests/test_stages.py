@@ -220,7 +220,6 @@ def refused(stage, *flags):
     ("sft", "--device=cuda:99", "--device=cuda:99 is not there: use one of "),
     ("sft", "--dtype=float16", "--dtype=float16: expected float32 or bfloat16"),
     ("sft", "--encoding=bytes", "no encoding"),
-    ("sft", "--n_head=3", "--n_head=3 does not divide --n_embd=32"),
     ("sft", f"--out={__file__}/out", "cannot write there"),
     ("reward", "--k_min=1", "--k_min=1 --k_max=9: expected 2 or more"),
     ("reward", "--k_max=3", "--k_min=4 --k_max=3: expected 2 or more, and no k_max below k_min"),

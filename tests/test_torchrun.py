@@ -1,24 +1,23 @@
 """Several processes (torchrun): the gradients of one, files and print by the first, a run that goes on."""
 
+import itertools
 import os
-import subprocess
+import signal
 import sys
 
 import torch
+import torch.distributed as dist
 
-from conftest import ROOT, rows_of, same, tiny_gpt, tiny_scalar  # first: it puts the repository on the path
+from conftest import TINY, python, rows_of, same, tiny_gpt, tiny_scalar  # first: it sets the path
 import model
 import ppo
 import reward
 import sft
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
 
 def torchrun(*command):
-    command = [*TORCHRUN, *command]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    return python(*torchrun, *command, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
 def gradients():
@@ -61,14 +60,7 @@ def gradients():
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    script = tmp_path / "step.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = [{ROOT!r}, {ROOT + '/tests'!r}]\n"
-        "import torch, torch.distributed as dist, test_torchrun\n"
-        "dist.init_process_group('gloo')\n"
-        f"torch.save(test_torchrun.gradients(), {str(tmp_path)!r} + f'/{{dist.get_rank()}}.pt')\n"
-    )
-    done = torchrun(str(script))
+    done = torchrun(__file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
     alone, first, second = gradients(), *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert alone.keys() == first.keys()
@@ -81,24 +73,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 
 def test_a_run_of_two_that_was_killed_goes_on_and_the_first_alone_writes(tmp_path):
-    flags = ["--scale=tiny", "--device=cpu", "--base_steps=4", "--log_every=1", "--save_seconds=0"]
-    # the first process is killed in the middle of its third step
-    killer = tmp_path / "killer.py"
-    killer.write_text(
-        f"import sys; sys.path[:0] = [{ROOT!r}]\n"
-        "import os, signal, model, sft\n"
-        "step = sft.optimizer_step\n"
-        "calls = []\n"
-        "def killing(*arguments):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 3 and sft.is_first():\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return step(*arguments)\n"
-        "sft.optimizer_step = killing\n"
-        "sft.start(sft.main, sft.Config, sft.SCALES)\n"
-    )
+    flags = [*TINY, "--base_steps=4", "--log_every=1", "--save_seconds=0"]
     killed, whole = f"--out={tmp_path}/killed", f"--out={tmp_path}/whole"
-    assert torchrun(str(killer), *flags, killed).returncode != 0
+    assert torchrun(__file__, *flags, killed).returncode != 0  # in its third step
     again, unbroken = torchrun("sft.py", *flags, killed), torchrun("sft.py", *flags, whole)
     assert again.returncode == unbroken.returncode == 0, again.stderr + unbroken.stderr
     assert "base.pt: going on from step" in again.stdout
@@ -112,6 +89,26 @@ def test_a_run_of_two_that_was_killed_goes_on_and_the_first_alone_writes(tmp_pat
 
 
 def test_bad_input_is_one_line_of_one_process(tmp_path):
-    done = torchrun("sft.py", "--scale=tiny", "--device=cpu", "--n_head=3", f"--out={tmp_path}")
-    assert done.returncode != 0
-    assert done.stderr.count("--n_head=3 does not divide") == 1
+    done = torchrun("sft.py", *TINY, "--n_head=3", f"--out={tmp_path}")
+    assert done.returncode != 0 and done.stderr.count("--n_head=3 does not divide") == 1
+
+
+def sft_that_is_killed():
+    """`python sft.py`, whose first process is killed in the middle of its third step."""
+    step, calls = sft.optimizer_step, itertools.count(1)
+
+    def killing(*arguments):
+        if next(calls) == 3 and sft.is_first():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(*arguments)
+
+    sft.optimizer_step = killing
+    sft.start(sft.main, sft.Config, sft.SCALES)
+
+
+if __name__ == "__main__":  # in each process that torchrun starts: with a folder, or with flags
+    if sys.argv[1].startswith("--"):
+        sft_that_is_killed()
+    else:
+        dist.init_process_group("gloo")
+        torch.save(gradients(), f"{sys.argv[1]}/{dist.get_rank()}.pt")
