@@ -173,12 +173,8 @@ def chain(tmp_path_factory):
     rng = random.Random(0)
     words = "red blue green cat dog sun moon tree".split()
     line = lambda: " ".join(rng.choice(words) for _ in range(rng.randint(2, 5)))
-    rows = []
-    for i in range(20):
-        prompt = f"say {line()}\n"
-        rows.append(
-            dict(prompt=prompt, responses=[line() for _ in range(4)], ranks=[1, 2, 2, 3], user=f"user{i}")
-        )
+    more = lambda: dict(responses=[line() for _ in range(4)], ranks=[1, 2, 2, 3])
+    rows = [dict(prompt=f"say {line()}\n", user=f"user{i}", **more()) for i in range(20)]
     write(folder / "comparisons.jsonl", rows)
     tokenizer = data.Tokenizer.train([row["prompt"] + " ".join(row["responses"]) for row in rows], 280)
     gpt = tiny_gpt(1, vocab_size=tokenizer.n_vocab, block_size=64, std=0.1)

@@ -150,7 +150,6 @@ def test_compare_leaves_out_what_it_cannot_tell(monkeypatch, out, tmp_path, caps
 
 
 @pytest.mark.parametrize("command, flag, message", [
-    ("chat", "--temprature=1", "unknown flag --temprature=1: did you mean --temperature"),
     ("chat", "--template=letter", "--template=letter: expected chat or plain"),
     ("compare", "--samples=0", "--samples=0: expected"),
     ("chat", "--out=/nowhere", "/nowhere/ppo.pt not found: run python ppo.py --out=/nowhere first"),

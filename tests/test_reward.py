@@ -1,5 +1,6 @@
 """Tests of reward.py: eq. 1, and the scores it is computed from."""
 
+import itertools
 import math
 import random
 
@@ -72,10 +73,9 @@ def test_ranking_loss_as_a_double_loop():
     per_prompt = []
     for row, row_ranks in zip(scores.tolist(), ranks):
         pairs = []
-        for w in range(6):
-            for l in range(6):
-                if 0 < row_ranks[w] < row_ranks[l]:
-                    pairs.append(math.log(1 + math.exp(-(row[w] - row[l]))))
+        for w, l in itertools.permutations(range(6), 2):
+            if 0 < row_ranks[w] < row_ranks[l]:
+                pairs.append(math.log(1 + math.exp(-(row[w] - row[l]))))
         if pairs:
             per_prompt.append(sum(pairs) / len(pairs))
     expected = sum(per_prompt) / len(per_prompt)

@@ -101,7 +101,6 @@ def test_shared_flags_reach_every_stage(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage, marker, how, makes", [
     ("sft", "base.pt", signal.SIGINT, ("base", "sft", "ppo_init")),
-    ("sft", "sft.pt", signal.SIGKILL, ("base", "sft", "ppo_init")),
     ("reward", "comparisons.jsonl", signal.SIGKILL, ("comparisons", "reward")),
     ("ppo", "ppo.pt", signal.SIGKILL, ("ppo",)),
 ])
