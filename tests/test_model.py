@@ -17,8 +17,7 @@ from conftest import Trap, close, fails, pickled, same, tiny_gpt, tiny_scalar
 TOKENS = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 1]])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# GPT and ScalarGPT
+# -- GPT and ScalarGPT ---------------------------------------------------------------------------------------
 
 
 LOOKUP = pytest.mark.parametrize("lookup", [False, True], ids=["gpt2", "lookup"])
@@ -128,8 +127,7 @@ def test_a_new_scalar_gpt_has_a_copy_of_the_body_and_a_head_that_gives_scores_of
     assert not torch.equal(scalar.body.hidden(TOKENS), gpt.hidden(TOKENS))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# log-probabilities
+# -- log-probabilities ---------------------------------------------------------------------------------------
 
 
 def test_token_logprobs_by_hand():
@@ -200,8 +198,7 @@ def test_by_length_finds_the_lengths_in_the_mask(size, monkeypatch):
     assert widths == {1: [2, 2, 4, 6, 9], 12: [4, 6, 9], 512: [9]}[size]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# sampling
+# -- sampling ------------------------------------------------------------------------------------------------
 
 RAGGED = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [1, 2], [10, 9]]
 
@@ -310,8 +307,7 @@ def test_a_response_may_fill_the_context_but_not_overflow_it():
         model.generate(gpt, [[1], []], 3)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# weights from outside
+# -- weights from outside ------------------------------------------------------------------------------------
 
 HF_CONFIG = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
                  vocab_size=11, n_positions=24, n_layer=2, n_head=2, n_embd=16)

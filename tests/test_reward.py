@@ -20,8 +20,7 @@ from conftest import CPU, close, fails, rows_of, tiny_gpt, tiny_scalar
 SCORES = [1.2, 0.4, -0.3, -1.1]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# eq. 1
+# -- eq. 1 ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scores, ranks, expected", [
@@ -82,8 +81,7 @@ def test_ranking_loss_as_a_double_loop():
     assert float(reward.ranking_loss(scores, torch.tensor(ranks))) == pytest.approx(expected, abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# scores
+# -- scores --------------------------------------------------------------------------------------------------
 
 
 def test_score_is_read_at_the_last_real_token_of_the_whole_row(monkeypatch):
@@ -100,8 +98,7 @@ def test_score_is_read_at_the_last_real_token_of_the_whole_row(monkeypatch):
         close(reward.score(scalar, padded, lengths), alone, 1e-12)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# comparisons in batches
+# -- comparisons in batches ----------------------------------------------------------------------------------
 
 
 class LastId(torch.nn.Module):
@@ -158,8 +155,7 @@ def test_the_reward_model_learns_a_simple_preference():
     assert reward.evaluate(network, [group() for _ in range(50)], CPU)["accuracy"] > 0.95
 
 
-# ------------------------------------------------------------------------------------------------------------
-# judges, and the whole stage on untrained checkpoints
+# -- judges, and the whole stage on untrained checkpoints ----------------------------------------------------
 
 
 def tokenizer_of(chain):

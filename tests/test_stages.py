@@ -28,8 +28,7 @@ def configure(stage, *flags):
     return sft.parse(STAGES[stage].Config, STAGES[stage].SCALES, [*TINY, *flags])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the chain
+# -- the chain -----------------------------------------------------------------------------------------------
 
 
 def test_one_command_trains_what_is_missing_and_ends_in_the_table(made):
@@ -95,8 +94,7 @@ def test_shared_flags_reach_every_stage(tmp_path, monkeypatch):
     assert seen == {name: configure(name, *flags, *own[name]) for name in STAGES}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# stopping and going on
+# -- stopping and going on -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage, marker, how, makes", [
@@ -189,8 +187,7 @@ def test_killed_at_any_line_and_started_again_gives_the_same_bits(chain, tmp_pat
     assert "going on from step" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------------
-# bad input: one line, exit status 1, nothing overwritten
+# -- bad input: one line, exit status 1, nothing overwritten -------------------------------------------------
 
 
 def test_an_error_is_one_line_on_stderr_and_status_1_but_help_is_none():
