@@ -84,6 +84,11 @@ def write(path, rows):
     return str(path)
 
 
+def weights_of(path):
+    """The weights in a checkpoint."""
+    return torch.load(path, weights_only=True)["weights"]
+
+
 def rows_of(path):
     """The rows of a file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import python, rows_of, tiny_gpt  # first: it puts the repository on the path
+from conftest import python, rows_of, tiny_gpt, weights_of  # first: it puts the repository on the path
 import data
 import model
 import ppo
@@ -59,7 +59,7 @@ def test_the_chain(tmp_path, prefix, dtype):
     assert done.stdout.count("going on from step") == 3
     table = json.loads((tmp_path / "table.json").read_text())["table"]
     assert {"GPT", "SFT", "PPO-ptx"} <= {row["model"] for row in table}
-    weights = torch.load(tmp_path / "ppo.pt", weights_only=True)["weights"].values()
+    weights = weights_of(tmp_path / "ppo.pt").values()
     assert all(w.dtype == torch.float32 and w.isfinite().all() for w in weights)
     # J11. A GPU rounds to bfloat16, or TF32, in kernels that depend on the number of rows
     tolerance = 1e-5 if prefix and dtype == "float32" else 0.1

@@ -13,7 +13,7 @@ import model
 import ppo
 import reward
 import sft
-from conftest import close, rows_of, same, save_tiny, tiny_gpt, tiny_scalar
+from conftest import close, rows_of, same, save_tiny, tiny_gpt, tiny_scalar, weights_of
 
 
 def f64(*rows):
@@ -41,10 +41,6 @@ def ragged(seed=0, B=6, T=12):
         mask[b, starts[b] : ends[b]] = True
     noise = torch.randn(2, B, T, generator=generator, dtype=torch.float64)
     return noise[0] * mask, noise[1] * mask, mask
-
-
-def weights_of(path):
-    return torch.load(path, weights_only=True)["weights"]
 
 
 # -- the mathematics, by hand and by brute force -------------------------------------------------------------

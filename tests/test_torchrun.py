@@ -8,7 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from conftest import TINY, python, rows_of, same, tiny_gpt, tiny_scalar  # first: it sets the path
+from conftest import TINY, python, rows_of, same, tiny_gpt, tiny_scalar, weights_of  # first: it sets the path
 import model
 import ppo
 import reward
@@ -80,10 +80,7 @@ def test_a_run_of_two_that_was_killed_goes_on_and_the_first_alone_writes(tmp_pat
     assert again.returncode == unbroken.returncode == 0, again.stderr + unbroken.stderr
     assert "base.pt: going on from step" in again.stdout
     for name in ("base", "sft", "ppo_init"):
-        one, other = (
-            torch.load(tmp_path / folder / f"{name}.pt", weights_only=True) for folder in ("killed", "whole")
-        )
-        assert same(one["weights"], other["weights"]), name
+        assert same(*(weights_of(tmp_path / folder / f"{name}.pt") for folder in ("killed", "whole"))), name
     steps = [row["step"] for row in rows_of(tmp_path / "whole" / "base.jsonl")]
     assert steps == [0, 1, 2, 3, 4] and unbroken.stdout.count("wrote") == 3  # by the first alone
 
