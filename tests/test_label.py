@@ -15,7 +15,7 @@ import pytest
 import data
 import reward
 import sft
-from conftest import CPU, ROOT, fails, rows_of, save_tiny, tiny_gpt, write
+from conftest import CPU, ROOT, TINY, fails, rows_of, save_tiny, tiny_gpt, write
 from test_model import hf_weights, write_hf_folder
 
 
@@ -84,8 +84,7 @@ def wide(chain, tmp_path_factory):
 
 
 def flags_of(folder, out, *more):
-    flags = f"--out={out}", f"--from={folder}", "--scale=tiny", "--device=cpu", "--max_new_tokens=6", "--k_max=5"
-    return [*flags, *more]
+    return [f"--out={out}", f"--from={folder}", *TINY, "--max_new_tokens=6", "--k_max=5", *more]
 
 
 def labeled(typed, monkeypatch, *flags):
