@@ -32,7 +32,31 @@ to get wrong:
     J28  the gradients of PPO and pretraining text add up to one optimizer step
     J30  kl may be negative on a token; a mean below 0 over many batches is a bug
 
-L are worked examples: the arithmetic stands where one is first computed, other tests go on from its numbers.
+L are worked examples, the arithmetic stands where one is first computed:
+
+    L2   eq. 1 for four ranked responses, and its gradient
+    L3   the same scores plus 10
+    L4   two of the four tied: the pair is dropped
+    L6   prompts of 4 and of 9 responses weigh the same
+    L7   the shift to demonstrations
+    L8   the std of fresh heads, for 8 channels
+    L9   rewards shaped by the kl of four tokens
+    L10  GAE on L9
+    L11  GAE with lambda 1, and 0
+    L13  whitened advantages of L10
+    L14  whitened rewards of which the mean stays
+    L15  whitening under a mask
+    L16  the clipped surrogate and its slope, six cases
+    L17  the clipped value loss
+    L18  three estimators of kl on the tokens of L9
+    L19  the exact kl of two distributions over three words
+    L22  the cosine of the learning rate
+    L23  its warm-up in PPO
+    L24  the moving average of the weights
+    L26  the kl of best-of-n
+    L28  entropy of two answers; the best of two answers by mean log-probability; F1 of SQuAD
+    L29  the interval of a win rate
+    L30  log-probabilities at temperatures 1 and 0.7
 """
 
 import gzip

@@ -213,6 +213,44 @@ def shell(folder, command, typed=""):
     return done.stdout
 
 
+key = lambda text: "".join(text.split())  # of a text, however the terminal breaks its lines
+
+
+def test_the_way_round(made, tmp_path):
+    """30 comparisons through the terminal, by somebody who ranks what it shows by gold and noise: the file holds what
+    was typed, and trains a reward model, alone and with those of the simulated labelers. Prints the accuracies of both
+    on rankings of labelers who gave none."""
+    flags = "--scale=tiny", "--seed=1", "--device=cpu", f"--from={made[0]}"
+    world, rng, typed = data.World(), random.Random(1), {}
+    tasks = {key(task["prompt"]): task for task in data.load("", "tiny", 1)["comparison_prompts"]}
+    process, to_question = start(*flags, f"--out={tmp_path}/alone")
+    for _ in range(30):
+        shown = to_question().removesuffix("ranking:\n").split("] ", 1)[1]
+        prompt, *shown = re.split(r"(?m)^  ([a-z])  ", shown)  # prompt, letter, response, letter, ..
+        texts = {letter: " ".join(text.split()) for letter, text in zip(shown[::2], shown[1::2])}
+        likes = {x: world.gold(tasks[key(prompt)], text)["gold"] + rng.gauss(0, 0.7) for x, text in texts.items()}
+        levels = {x: round(like * 2) for x, like in likes.items()}  # half a point apart, or tied
+        ranked = sorted(set(levels.values()), reverse=True)
+        say(process, " > ".join(" = ".join(x for x in texts if levels[x] == level) for level in ranked))
+        typed |= {(key(prompt), key(text)): ranked.index(levels[x]) + 1 for x, text in texts.items()}
+    to_question()
+    say(process, "q")
+    assert process.wait() == 0
+    rows = rows_of(tmp_path / "alone" / "comparisons.jsonl")
+    found = {(key(r["prompt"]), key(t)): rank for r in rows for t, rank in zip(r["responses"], r["ranks"])}
+    assert found == typed and len(rows) == 30
+    write(tmp_path / "more" / "comparisons.jsonl", rows + rows_of(made[0] / "comparisons.jsonl"))
+    valid = rows_of(made[0] / "comparisons_valid.jsonl")
+    for name in ("alone", "more"):
+        folders = f"--data={tmp_path}/{name}", f"--out={tmp_path}/of-{name}"
+        reward.main(sft.parse(reward.Config, reward.SCALES, [*flags, *folders]))
+        network, tokenizer, _ = sft.load_reward(f"{tmp_path}/of-{name}/reward.pt", "", CPU)
+        groups = data.encode_comparisons(tokenizer, valid, network.config.block_size)
+        accuracy = reward.evaluate(network, groups, CPU)["accuracy"]
+        print(f"30 comparisons by hand, {name}: accuracy {accuracy:.3f}")
+        assert 0.3 < accuracy < 0.9
+
+
 def tiny(line):
     """A printed command with flags before its own, which so prevail, that keep it small."""
     small = "--scale=tiny --device=cpu --max_new_tokens=6"
