@@ -21,11 +21,14 @@ def torchrun(*command):
 
 
 def gradients():
-    """One backward of each kind of loss on a batch of ragged rows, fewer unmasked tokens in some, then
-    what an optimizer step is given -> {name: gradient}. `rows`: 7, so that no share is like another; and 1,
-    which leaves a second process without any."""
+    """Greedy responses to ragged prompts; and one backward of each kind of loss on a batch of ragged rows,
+    fewer unmasked tokens in some, then what an optimizer step is given -> {name: tensors}. `rows`: 7, so
+    that no share is like another; and 1, which leaves a second process without any."""
     found, config = {}, ppo.Config()
     for rows in (7, 1):
+        prompts = [[1 + i] * (1 + i % 3) for i in range(rows)]
+        shared = model.generate_shared(tiny_gpt(std=0.2), prompts, 6, 0.0, 3, None)
+        found[f"responses {rows}"] = [x.float() for x in shared]
         torch.manual_seed(1)
         prompts, ends = torch.randint(1, 5, (rows,)), torch.randint(7, 15, (rows,))
         tokens = torch.randint(1, 11, (rows, 14))
@@ -59,7 +62,7 @@ def gradients():
     return found
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
+def test_two_processes_have_the_responses_and_the_gradients_of_one(tmp_path):
     done = torchrun(__file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
     alone, first, second = gradients(), *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
@@ -83,6 +86,9 @@ def test_a_run_of_two_that_was_killed_goes_on_and_the_first_alone_writes(tmp_pat
         assert same(*(weights_of(tmp_path / folder / f"{name}.pt") for folder in ("killed", "whole"))), name
     steps = [row["step"] for row in rows_of(tmp_path / "whole" / "base.jsonl")]
     assert steps == [0, 1, 2, 3, 4] and unbroken.stdout.count("wrote") == 3  # by the first alone
+    done = torchrun("ppo.py", *TINY, "--episodes=64", whole)  # what they sampled apart they learn together
+    assert done.returncode == 0, done.stderr
+    assert [round(row["first_ratio"], 3) for row in rows_of(tmp_path / "whole" / "ppo.jsonl")] == [1, 1]
 
 
 def test_bad_input_is_one_line_of_one_process(tmp_path):
