@@ -848,6 +848,7 @@ def draw(kept, out):
         if number == 12 or columns[0] in PAPER:
             axes[0][0].legend(fontsize=7)
         figure.savefig(os.path.join(out, f"finding-{number}.png"), dpi=80)
+        plt.close(figure)
 
 
 def train_judge(texts, positive, steps=20, lr=0.02):
