@@ -399,8 +399,8 @@ class Chain(eval.Models):
 
     def sft_epochs(self):
         """10. SFT's loss on held-out demonstrations is best early, its score and gold are higher at the last
-        epoch than at that of the best loss: on new demonstrations, and on 3,200 new test prompts, as many as
-        the paper has (App. C.1). Paper: epochs 1, 16."""
+        epoch than at that of the best loss: on new demonstrations, and on eight test prompts for each item of
+        a benchmark, 3,200 at `cpu`, as many as the paper has (App. C.1). Paper: epochs 1, 16."""
         rng, found = random.Random(0), {}
         rows = data.demonstrate(self.world, self.items, "valid", rng)
         pairs = self.encoded(rows, data.encode_pairs)

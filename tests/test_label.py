@@ -116,6 +116,9 @@ def say(process, text):
     process.stdin.write(text.encode() + b"\n")
 
 
+key = lambda text: "".join(text.split())  # of a text, however the terminal breaks its lines
+
+
 def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path):
     """And the next start goes on behind it, u takes it back, another labeler begins at the first prompt with
     the same responses in an order of his own. Rankings are b > a, or longer: any will do. Sources are not
@@ -133,8 +136,7 @@ def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path):
     assert [row["prompt"] for row in first] == PROMPTS[:2] and "[3 of 5]" in third
     assert all(max(map(len, text.splitlines())) <= 80 for text in (second, third))
     shown = re.split(r"(?m)^  [a-z]  ", second.removesuffix("ranking:\n"))[1:]
-    unbroken = lambda texts: ["".join(text.split()) for text in texts]
-    assert unbroken(shown) == unbroken(first[1]["responses"])  # in the order in which they were shown
+    assert list(map(key, shown)) == list(map(key, first[1]["responses"]))  # in the order of the terminal
     assert not re.search("sft|hot", second)
     for row in first:
         assert row["ranks"] == list(range(len(row["responses"]), 0, -1)) and row["labeler"] == "me"
@@ -211,9 +213,6 @@ def shell(folder, command, typed=""):
     done = subprocess.run(line, shell=True, cwd=folder, input=typed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-key = lambda text: "".join(text.split())  # of a text, however the terminal breaks its lines
 
 
 def test_the_way_round(made, tmp_path):

@@ -1,4 +1,4 @@
-"""Several processes (torchrun): the gradients of one, files and print by the first, a run that goes on."""
+"""Several processes (torchrun): samples and gradients as of one, files by the first, a run that goes on."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ def torchrun(*command):
     return python(*torchrun, *command, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
-def gradients():
+def computed():
     """Greedy responses to ragged prompts; and one backward of each kind of loss on a batch of ragged rows,
     fewer unmasked tokens in some, then what an optimizer step is given -> {name: tensors}. `rows`: 7, so
     that no share is like another; and 1, which leaves a second process without any."""
@@ -65,7 +65,7 @@ def gradients():
 def test_two_processes_have_the_responses_and_the_gradients_of_one(tmp_path):
     done = torchrun(__file__, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    alone, first, second = gradients(), *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone, first, second = computed(), *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert alone.keys() == first.keys()
     for name, expected in alone.items():
         assert same(first[name], second[name]), name  # to the bit, so that weights stay equal
@@ -114,4 +114,4 @@ if __name__ == "__main__":  # in each process that torchrun starts: with a folde
         sft_that_is_killed()
     else:
         dist.init_process_group("gloo")
-        torch.save(gradients(), f"{sys.argv[1]}/{dist.get_rank()}.pt")
+        torch.save(computed(), f"{sys.argv[1]}/{dist.get_rank()}.pt")
