@@ -5,8 +5,9 @@ The paper's findings in miniature: fifteen claims of InstructGPT, measured on th
                                                where it was stopped; out/report.md and figures; on one busy
                                                core more than an hour a seed, after its main job
     python tests/findings.py --finding=2,12    only these
-    python tests/findings.py --quick           one seed, without those that train many models: 6 minutes
-                                               (one process a seed: they share its models)
+    python tests/findings.py --quick           one seed, without those that train many models: 4 minutes
+                                               behind its main job and PPO without ptx, on one core (one
+                                               process a seed: they share its models)
     python tests/findings.py reviews --data=DIR --out=DIR      imported movie reviews: how many of the
                                                continuations in out/responses.jsonl are positive
 
