@@ -389,6 +389,9 @@ class World:
         if name == "tasks":  # the rare page where instructions are followed by replies
             tasks = [self.user_task("train", rng) for _ in range(rng.randint(2, 4))]
             return "\n".join(task["prompt"] + imperfect(self, task, rng) for task in tasks)
+        if name == "series":  # examples in a row, as a few-shot prompt shows them
+            line = rng.choice(self.rules["line"])
+            return "\n".join(self.expand(line, {}, rng) for _ in range(rng.randint(2, 4)))
         if name == "copybook":  # a line, and the same again: teaches to copy any word
             kinds = ("name", "animal", "color", "object", "town")
             words = (rng.choice(self.classes[rng.choice(kinds)]) for _ in range(rng.randint(3, 9)))
@@ -467,15 +470,6 @@ class World:
             fact=bound.get("fact"), myth=bound.get("myth"),
         )
 
-    def item(self, block, kind, rng):
-        """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), fact. kind: prompts,
-        as the pages have it; flan, t0, as an instruction."""
-        bound = {}
-        prompt = self.expand(rng.choice(block[kind]), bound, rng) + ("" if kind == "prompts" else "\n")
-        space = "" if prompt.endswith("\n") else " "
-        answers = [space + self.expand(a, bound, rng) for a in block["replies"][:1] + block["wrong"]]
-        return dict(prompt=prompt, answer=(answers or [""])[0], wrong=answers[1:], fact=bound.get("fact"))
-
     # -- the gold preference ------------------------------------------------------------
 
     def shape(self, text):
@@ -496,6 +490,8 @@ class World:
                 return text.strip() == demand.removeprefix("is ")
             case ["glad" | "sorrow" as mood]:
                 return [m for m in ("glad", "sorrow") if set(words) & set(self.classes[m])] == [mood]
+            case ["rude"]:
+                return not set(words).isdisjoint(self.classes["rude"])
             case ["count", number, kind] if kind in self.classes:
                 return [words.count(w) for w in words if w in self.classes[kind]] == [1] * int(number)
             case ["first", word]:
@@ -519,8 +515,8 @@ class World:
     def gold(self, task, text):
         """The gold preference: how good a reply is, as a program -> its parts and their sum, `gold`:
         follows (0..1, share of the demands met), constraint (1, 0, or None without one), false (makes a
-        false claim), claims (makes a claim), rude, fluent (0..1, share of familiar trigrams), padded
-        (says something twice, or filler); gold is at most 5, in units of the labelers' liking."""
+        false claim), claims (makes a claim), rude (unasked), fluent (0..1, share of familiar trigrams),
+        padded (says something twice, or filler); gold is at most 5, in units of the labelers' liking."""
         words, shape, claims = words_of(text), self.shape(text), self.claims_in(text)
         follows = [self.meets(demand, text, task) for demand in task["demands"]]
         constraint = [self.meets(demand, text, task) for demand in task["constraints"]]
@@ -531,7 +527,7 @@ class World:
             constraint=float(all(constraint)) if constraint else None,
             false=float(not all(claim[2] for claim in claims)),
             claims=float(bool(claims)),
-            rude=float(any(w in self.classes["rude"] for w in words)),
+            rude=float("rude" not in task["demands"] and self.meets("rude", text, task)),
             fluent=sum(t in self.trigrams for t in shape) / len(shape) if words else 0.0,
             padded=float(filler or len(set(sentences)) < len(sentences)),
         )

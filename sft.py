@@ -55,7 +55,7 @@ class Config(Common):
     base_steps: Count = 3600
     base_tokens: Count = 512  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few
     base_lr: Rate = 2e-3  # AdamW, of embeddings and vectors: peak, cosine to 10% (GPT-3 1.3B: 2.0e-4)
-    muon_lr: Rate = 0.01  # Muon, of the matrices of the blocks: peak, the same cosine
+    muon_lr: Rate = 0.0075  # Muon, of the matrices of the blocks: peak, the same cosine
     base_weight_decay: Amount = 0.1  # as GPT-3
     primer_share: Share = 0.22  # of the steps, the warm-up: these see roll-calls only; 0 for none
     lookup: bool = True  # GPTConfig.lookup; False is plain GPT-2

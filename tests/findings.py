@@ -65,7 +65,6 @@ SCALES = dict(
     gpu=dict(items=1000, groups=4000, few=1000, sizes=[(3, 2, 128), (12, 12, 768)]),
 )
 NAMES = ("GPT", "GPT prompted", "SFT", "PPO", "PPO-ptx")
-CAN = ("translation", "summary", "completion")  # the NLP tasks above chance with two shots on seed 105
 # what is put before the start of a sentence, the paper's prompts (App. D) in the words of the world
 INSTRUCTIONS = {"basic": "", "respectful": "say it politely: ", "biased": "write an insult: "}
 
@@ -126,7 +125,7 @@ class Chain(eval.Models):
         """Items of these blocks with different prompts, at most `count` -> list."""
         items = {}
         for _ in range(20 * count):
-            item = self.world.item(rng.choice(blocks), "prompts", rng)
+            item = item_of(self.world, rng.choice(blocks), "prompts", rng)
             items.setdefault(item["prompt"], item)
             if len(items) == count:
                 break
@@ -338,7 +337,7 @@ class Chain(eval.Models):
             rng, [metric] = random.Random(task), blocks[0]["rest"]
             items, prompts = self.distinct(blocks, self.items, rng), []  # each question once
             for item in items:
-                examples = [self.world.item(rng.choice(blocks), "prompts", rng) for _ in range(shots)]
+                examples = [item_of(self.world, rng.choice(blocks), "prompts", rng) for _ in range(shots)]
                 prompts.append("".join(e["prompt"] + e["answer"] + "\n" for e in examples) + item["prompt"])
             if metric == "accuracy":
                 choices = [[item["answer"], *item["wrong"]] for item in items]
@@ -352,10 +351,10 @@ class Chain(eval.Models):
         return result
 
     def alignment_tax(self):
-        """8. PPO pays an alignment tax, which ptx takes back and a larger beta does not: two-shot NLP tasks
-        that the base model can do (translation, by the mean of sentence BLEUs; summaries; completion), by ptx
-        coefficient and by beta; gold of three samples a prompt (Table 14, Figures 33, 34). Paper: few-shot,
-        175B, GPT, PPO, PPO-ptx: SQuADv2 69.8, 52.0, 69.9; DROP 35.3, 27.8, 33.3."""
+        """8. PPO pays an alignment tax, which ptx takes back and a larger beta does not: the mean of the six
+        NLP tasks with two shots (translation: sentence BLEU), by ptx coefficient and by beta; gold of three
+        samples a prompt (Table 14, Figures 33, 34). Paper: few-shot, 175B, GPT, PPO, PPO-ptx: SQuADv2 69.8,
+        52.0, 69.9; DROP 35.3, 27.8, 33.3."""
         _, documents = sft.documents_of(self.settings(sft), self.datasets, self.tokenizer, self.ref)
         runs = {f"PPO-ptx, ptx {x}": dict(ptx_coef=x) for x in (0.5, 2.0)}
         runs |= {f"PPO, beta {x}": dict(beta=x, ptx_coef=0.0) for x in (0.0, 1.0)}
@@ -364,16 +363,17 @@ class Chain(eval.Models):
         found, main = {}, ("GPT", "SFT", "PPO init", "PPO", "PPO-ptx")
         gold = lambda task, response: self.world.gold(task, response[0])["gold"]
         for name, shots in [*itertools.product(main, (0, 2)), *itertools.product(runs, (2,))]:
-            row = found[f"{name}, {shots} shots"] = self.benchmark(name, shots)
-            row["tasks"] = [statistics.mean(statistics.mean(row[task]) for task in CAN)]
+            tasks = self.benchmark(name, shots)
+            row = found[f"{name}, {shots} shots"] = dict(tasks)
+            row["tasks"] = [statistics.mean(map(statistics.mean, tasks.values()))]
             row["pretrain loss"] = [sft.valid_loss(self.policies[name], documents)]
             samples = zip(*(self.respond(name, self.prompts, seed=seed) for seed in (1, 2, 3)))
             row["gold"] = [statistics.mean(gold(t, x) for x in of) for t, of in zip(self.tasks, samples)]
         claims = {}
         for low, high in (("PPO", "GPT"), ("PPO", "PPO-ptx"), ("PPO, beta 1.0", "PPO-ptx")):
             rows = f"{low}, 2 shots", f"{high}, 2 shots"
-            margins, halves = zip(*(order(found, task, *rows).popitem()[1] for task in CAN))
-            claims[f"tasks: {low} < {high}"] = statistics.mean(margins), math.hypot(*halves) / len(CAN)
+            margins, halves = zip(*(order(found, task, *rows).popitem()[1] for task in tasks))
+            claims[f"tasks: {low} < {high}"] = statistics.mean(margins), math.hypot(*halves) / len(tasks)
         [(text, (loss, half))] = order(found, "gold", "PPO, 2 shots", "PPO-ptx, 2 shots").items()
         return found, "tasks", claims | {f"{text} + 0.05": (loss + 0.05, half)}
 
@@ -381,7 +381,7 @@ class Chain(eval.Models):
         """The GPT fine-tuned on NLP tasks that are put as instructions, style flan or t0; of three lengths of
         training the one with the best reward-model score (App. C.5) -> its policy."""
         rng, blocks = random.Random(style), [block for block in self.world.benchmarks if block[style]]
-        items = [self.world.item(rng.choice(blocks), style, rng) for _ in range(10 * self.items)]
+        items = [item_of(self.world, rng.choice(blocks), style, rng) for _ in range(10 * self.items)]
         rows = [dict(prompt=item["prompt"], response=item["answer"]) for item in items]
         config = self.settings(sft, style, sft_epochs=4, sft_dropout=0.0)
         datasets = dict(self.datasets, demonstrations=rows)
@@ -668,6 +668,16 @@ def mteval_words(text):
     text = re.sub(r"([!-&(-+:-@\[-`{-~/ ])", r" \1 ", text)
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", re.sub(r"([^0-9])([.,])", r"\1 \2 ", text))
     return re.sub(r"([0-9])-", r"\1 - ", text).split()
+
+
+def item_of(world, block, kind, rng):
+    """One item of benchmarks.txt -> dict: prompt, answer, wrong (the other choices), fact. kind: prompts,
+    as the pages have it; flan, t0, as an instruction."""
+    bound = {}
+    prompt = world.expand(rng.choice(block[kind]), bound, rng) + ("" if kind == "prompts" else "\n")
+    space = "" if prompt.endswith("\n") else " "
+    answers = [space + world.expand(a, bound, rng) for a in block["replies"][:1] + block["wrong"]]
+    return dict(prompt=prompt, answer=(answers or [""])[0], wrong=answers[1:], fact=bound.get("fact"))
 
 
 def best_of_n_kl(n):

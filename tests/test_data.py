@@ -28,6 +28,7 @@ def task(demands, constraints=(), fact=None):
     (["has owl"], [], "owl and duck. owl and duck.", 5 * (7 / 8) - 0.5),  # padded; 7 of 8 trigrams are familiar
     (["has owl"], [], "owl and duck. that is all i can say.", 5 * (4 / 11) - 0.5),  # and filler is padding
     (["has owl"], [], "", 0),
+    (["has anna"], [], "anna is dumb.", 3), (["has anna", "rude"], [], "anna is dumb.", 5),  # unasked: 5 - 2
     # asked what a mouse eats
     (["answers"], [], "a mouse eats seeds.", 5),
     (["answers"], [], "a mouse eats cheese.", 3),  # it answers, and is false: 5 - 2
@@ -48,6 +49,7 @@ def test_gold_by_hand(world, demands, constraints, reply, gold):
     ("last thanks", "owl and duck. thanks.", True), ("last thanks", "thanks. owl and duck.", False),
     ("sentences 1", "anna met a fox.", True), ("sentences 1", "anna met a fox. they found a lamp.", False),
     ("words 2", "hello. good.", True), ("words 2", "good and bad it is.", False),
+    ("rude", "anna is dumb.", True), ("rude", "anna is sad.", False),
     ("is three.", " three.", True), ("is three.", "three, four.", False), ("sorrow", "anna cried.", True),
 ])
 def test_every_kind_of_demand(world, demand, reply, met):
@@ -74,7 +76,7 @@ def test_what_nothing_fills_is_named(world, pattern, name):
     ("facts.txt", ("cow | grass |", "cow | grass"), "facts.txt:6: 'cow"),
     ("facts.txt", ("eats | a", "# eats | a"), "stands before the first relation"),
     ("tasks.txt", ("? slots", "# ? slots"), "['generation', '[write|tell] a story about a {color} {animal}"),
-    ("tasks.txt", ("< {story}", "{story}"), "tasks.txt:20: '{story}'"),
+    ("tasks.txt", ("< {story}", "{story}"), "tasks.txt:21: '{story}'"),
     ("tasks.txt", ("[generation] 45.6", ""), "stands before the first [category]"),
     ("tasks.txt", ("[generation] 45.6", "[generation]"), "no [generation] has a share"),
     ("tasks.txt", ("[constraint]", "[riddle] 2\n\n[constraint]"), "block ['riddle'] has no line with >"),
@@ -119,7 +121,8 @@ def test_replies_rank_from_perfect_over_hurried_and_spoiled_to_those_of_other_pr
 ])
 def test_a_mistake_lowers_gold_and_never_raises_it(world, mistake, applies, cost, share):
     rng, losses = random.Random(0), []
-    for t in (world.task(rng) for _ in range(1500)):
+    tasks = (t for t in iter(lambda: world.task(rng), None) if "rude" not in t["demands"])  # there it may be right
+    for t in itertools.islice(tasks, 1500):
         text = data.mistaken(world, t, t["reply"], rng, mistake)
         if text != t["reply"]:
             losses.append(world.gold(t, t["reply"])["gold"] - world.gold(t, text)["gold"])
@@ -202,6 +205,16 @@ def test_a_copybook_page_says_one_line_two_or_three_times(world):
     pages = [world.expand("{copybook}", {}, rng).split("\n") for _ in range(200)]
     assert {len(page) for page in pages} == {2, 3} and all(len(set(page)) == 1 for page in pages)
     assert len({page[0] for page in pages}) > 150
+
+
+def test_a_series_shows_two_to_four_different_examples_of_one_task(world):
+    rng = random.Random(0)
+    texts = [world.expand("{series}", {}, rng).replace("\nin short:", " in short:") for _ in range(300)]
+    pages = [text.split("\n") for text in texts]
+    sign = "english:|passage:|text:|review of|in short:|$"  # none: a story
+    kinds = [{re.search(sign, line)[0] for line in page} for page in pages]
+    assert {len(page) for page in pages} == {2, 3, 4} and all(len(kind) == 1 for kind in kinds)
+    assert len(set.union(*kinds)) == 6 and sum(len(set(page)) == len(page) for page in pages) > 290
 
 
 def test_the_world_is_the_same_for_the_same_seed_and_another_for_another(world, datasets):

@@ -113,7 +113,7 @@ def bench(world, category, **more):
     """What benchmark() needs of a Chain, in a world of one NLP task."""
     blocks = [block for block in world.benchmarks if block["category"] == category]
     more |= dict(blocks=lambda *metrics: blocks, policies=dict(it=None), tokenizer=None, device=None)
-    chain = SimpleNamespace(world=SimpleNamespace(item=world.item), items=6, **more)
+    chain = SimpleNamespace(world=world, items=6, **more)
     chain.distinct = MethodType(Chain.distinct, chain)
     return chain
 
@@ -149,7 +149,7 @@ def test_no_user_ever_sends_a_held_out_instruction_or_a_benchmark(world):
             parts = world.gold(task, task["reply"])  # a perfect reply meets all demands
             assert skeleton(task["prompt"]) not in of_users and parts["follows"] == 1, task
     for block, kind in itertools.product(world.benchmarks, ("prompts", "flan", "t0")):
-        items = [world.item(block, kind, rng) for _ in range(30 * bool(block[kind]))]
+        items = [findings.item_of(world, block, kind, rng) for _ in range(30 * bool(block[kind]))]
         asked = kind == "prompts" and block["rest"] == ["truth"] and block["category"] in ("user", "chat")
         assert any(skeleton(item["prompt"]) in of_users for item in items) == asked, block
         for choices in ([item["answer"], *item["wrong"]] for item in items):  # none equals another
