@@ -491,7 +491,7 @@ class World:
             case ["glad" | "sorrow" as mood]:
                 return [m for m in ("glad", "sorrow") if set(words) & set(self.classes[m])] == [mood]
             case ["rude"]:
-                return not set(words).isdisjoint(self.classes["rude"])
+                return bool(set(words) & set(self.classes["rude"]))
             case ["count", number, kind] if kind in self.classes:
                 return [words.count(w) for w in words if w in self.classes[kind]] == [1] * int(number)
             case ["first", word]:

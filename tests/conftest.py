@@ -65,6 +65,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -81,6 +82,8 @@ import model
 import sft
 
 torch.set_num_threads(1)
+# a shell that starts the tests in the background has Ctrl-C ignored, which the processes they start inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)
 CPU = torch.device("cpu")
 TINY = ("--scale=tiny", "--device=cpu")
 
