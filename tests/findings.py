@@ -57,12 +57,12 @@ class Config:
     data: str = ""  # reviews: the folder of the imported reviews
 
 
-# items of a benchmark; comparisons of the weak reward model in 12 and 13 (3 has three times as many), and
-# in 11; sizes in 2: (layers, heads, width)
+# items of a benchmark; comparisons in 11 and of the weak reward model in 12 and 13 (3 has ten times as
+# many); sizes in 2, and of the small reward model in 12: (layers, heads, width)
 SCALES = dict(
-    tiny=dict(items=8, groups=40, few=20, sizes=[(1, 2, 16), (2, 2, 48)]),
-    cpu=dict(items=400, groups=1000, few=300, sizes=[(3, 4, 96), (4, 4, 192)]),
-    gpu=dict(items=1000, groups=4000, few=1000, sizes=[(3, 2, 128), (12, 12, 768)]),
+    tiny=dict(items=8, few=20, sizes=[(1, 2, 16), (2, 2, 48)], small=(1, 2, 16)),
+    cpu=dict(items=400, few=300, sizes=[(3, 4, 96), (4, 4, 192)], small=(1, 4, 64)),
+    gpu=dict(items=1000, few=1000, sizes=[(3, 2, 128), (12, 12, 768)], small=(1, 2, 64)),
 )
 NAMES = ("GPT", "GPT prompted", "SFT", "PPO", "PPO-ptx")
 # what is put before the start of a sentence, the paper's prompts (App. D) in the words of the world
@@ -78,7 +78,7 @@ class Chain(eval.Models):
         self.seed, self.is_first = seed, seed == config.seed
         self.out = out if self.is_first else os.path.join(out, f"seed-{seed}")
         self.shared = dict(scale=config.scale, seed=seed, device=config.device, from_=self.out)
-        self.items, self.groups, self.few, self.sizes = SCALES[config.scale].values()
+        self.items, self.few, self.sizes, self.small = SCALES[config.scale].values()
         # each refuses what was made with other flags: no other seed's test prompts are new to its models
         sft.main(self.settings(sft))
         reward.main(self.settings(reward))
@@ -213,7 +213,7 @@ class Chain(eval.Models):
         rows = data.read_jsonl(f"{self.out}/comparisons.jsonl")
         sft.check(len(rows) == len(groups), "some comparisons are longer than the context")
         accuracy = lambda *of: reward.evaluate(*of, self.device)["accuracy"]
-        own, others, some = [], [], slice(3 * self.groups)
+        own, others, some = [], [], slice(10 * self.few)
         for fold, (mine, held_out, of_others) in enumerate(folds_of(rows[some], groups[some])):
             reward_model, _ = self.train_reward(f"fold-{fold + 1}", mine, of_others[:100])
             own.append(accuracy(reward_model, held_out))
@@ -455,7 +455,7 @@ class Chain(eval.Models):
     def weak_judge(self):
         """A reward model of few of the main job's comparisons -> it; and the policy "weak", unchecked."""
         groups, valid = self.comparisons()
-        weak, path = self.train_reward("weak", groups[: self.groups], valid)
+        weak, path = self.train_reward("weak", groups[: self.few], valid)
         self.unchecked("weak", path)
         return weak
 
@@ -464,7 +464,7 @@ class Chain(eval.Models):
         without ptx (in its rollouts) and for best-of-n (on test prompts); with the main job's reward model,
         with a weak one that learnt from few of its comparisons, and with a small one. Paper: none; Gao et
         al. 2022."""
-        weak, folder, (groups, valid) = self.weak_judge(), self.sized(self.sizes[0]), self.comparisons()
+        weak, folder, (groups, valid) = self.weak_judge(), self.sized(self.small), self.comparisons()
         small, path = self.train_reward(f"{folder}/judge", groups, valid, start=f"{folder}/sft")
         self.unchecked("small", path)
         self.train_ppo("PPO, beta 0.0", "beta=0.0", ptx_coef=0.0, beta=0.0)  # of finding 8 too
@@ -509,14 +509,14 @@ class Chain(eval.Models):
         over-optimised, comparisons of that policy's samples are added, and PPO starts anew; beside it, as
         many more of the first kind (sec. 3.1; an extra). Paper: no figures."""
         self.weak_judge()
-        tasks = self.datasets["comparison_prompts"][self.groups : 2 * self.groups]
+        tasks = self.datasets["comparison_prompts"][self.few : 2 * self.few]
         tasks = data.encode_prompts(self.tokenizer, tasks, self.limit)
         policies, config = dict(sft=self.policies["weak"]), self.settings(reward, "round-2")
         arguments = tasks, policies, self.tokenizer, self.world, self.labelers, config
         rows = reward.collect("comparisons", *arguments, dict(sft=0.56, labeler=0.14, other=0.1, spoiled=0.2))
         first, valid = self.comparisons()
-        both = first[: self.groups] + self.encoded(rows)
-        for name, groups in (("round 2", both), ("more of round 1", first[: 2 * self.groups])):
+        both = first[: self.few] + self.encoded(rows)
+        for name, groups in (("round 2", both), ("more of round 1", first[: 2 * self.few])):
             _, path = self.train_reward(name.replace(" ", "-"), groups, valid)
             self.unchecked(name, path)
         found = self.ask_users(("weak", "more of round 1", "round 2"))
