@@ -778,8 +778,8 @@ def as_markdown(kept):
         "seeds; brackets hold the smallest and the largest seed. A claim holds in a seed if its margin, the "
         "mean difference on the same prompts (12 and the hallucinations of 15: on different ones; 11: one "
         "number a seed), is above 0 by its 95% interval; over seeds, if the mean of their margins is by "
-        "Student's t; a single seed stands for itself. A seed shows a true margin of 1.43 times its ± in four "
-        "cases of five (power 0.8).\n\n"
+        "Student's t; a single seed stands for itself. A seed shows a true margin of 1.43 times its ± in "
+        "four cases of five (power 0.8).\n\n"
         "| | finding | paper | here | seeds | together |\n|---|---|---|---|---|---|"
     ], []
     for number, measure in FINDINGS.items():
