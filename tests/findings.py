@@ -60,7 +60,7 @@ class Config:
 # items of a benchmark; comparisons in 11 and of the weak reward model in 12 and 13 (3 has ten times as
 # many); sizes in 2, and of the small reward model in 12: (layers, heads, width)
 SCALES = dict(
-    tiny=dict(items=8, few=20, sizes=[(1, 2, 16), (2, 2, 48)], small=(1, 2, 16)),
+    tiny=dict(items=8, few=20, sizes=[(1, 2, 16), (2, 2, 48)], small=(1, 2, 8)),
     cpu=dict(items=400, few=300, sizes=[(3, 4, 96), (4, 4, 192)], small=(1, 4, 64)),
     gpu=dict(items=1000, few=1000, sizes=[(3, 2, 128), (12, 12, 768)], small=(1, 2, 64)),
 )
