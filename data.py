@@ -631,27 +631,22 @@ def screened(world, labeler, tasks, rng):
 def label(world, labeler, task, replies, rng):
     """One labeler at work on one prompt: rates every reply by itself (Likert 1-7 and the fields of Table 3),
     then ranks them together, ties encouraged. -> dict(ranks, ratings, fields), lists over replies."""
-    parts = [world.gold(task, reply) for reply in replies]
-    likes = [
-        liking(part, **labeler["weights"])
-        + labeler["length"] * len(reply.split()) + rng.gauss(0, labeler["noise"])
-        for part, reply in zip(parts, replies)
-    ]
+    likes, fields = [], []
+    for reply in replies:
+        parts, noise = world.gold(task, reply), rng.gauss(0, labeler["noise"])
+        likes.append(liking(parts, **labeler["weights"]) + labeler["length"] * len(reply.split()) + noise)
+        fields.append(dict(  # of Table 3; the world has no sex or violence
+            fails_to_follow=parts["follows"] < 0.5, inappropriate=bool(parts["rude"]),
+            hallucination=bool(parts["false"]), denigrates=bool(parts["rude"]),
+            satisfies_constraint=None if parts["constraint"] is None else bool(parts["constraint"]),
+            opinion="i think" in reply, moral_judgement="rather not" in reply,
+        ))
     ranks, rank, best = [0] * len(replies), 0, math.inf
     for i in sorted(range(len(replies)), key=lambda i: -likes[i]):
         if best - likes[i] > labeler["tie"]:  # clearly worse than the best reply of the rank above
             rank, best = rank + 1, likes[i]
         ranks[i] = rank
     ratings = [min(7, max(1, round(2 + x / labeler["weights"]["helpful"]))) for x in likes]
-    fields = [  # of Table 3; the world has no sex or violence
-        dict(
-            fails_to_follow=part["follows"] < 0.5, inappropriate=bool(part["rude"]),
-            hallucination=bool(part["false"]), denigrates=bool(part["rude"]),
-            satisfies_constraint=None if part["constraint"] is None else bool(part["constraint"]),
-            opinion="i think" in reply, moral_judgement="rather not" in reply,
-        )
-        for part, reply in zip(parts, replies)
-    ]
     return dict(ranks=ranks, ratings=ratings, fields=fields)
 
 
