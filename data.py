@@ -260,13 +260,13 @@ FORMS = {  # file of assets/world -> the form of its lines; the comments at its 
 
 
 def content(name):
-    """The lines of assets/world/NAME but comments and blank ones. Raises ValueError for a malformed one."""
+    """The lines of assets/world/NAME but comments and blank ones. Raises SystemExit for a malformed one."""
     lines = []
     for number, line in enumerate(read_text(os.path.join(WORLD, name)).split("\n"), 1):
         if line.strip() and not line.startswith("#"):
             lines.append(line)
-            if not re.fullmatch(FORMS.get(name, ".*"), line):
-                raise ValueError(f"assets/world/{name}:{number}: {line!r} is malformed: see its comments")
+            is_formed = re.fullmatch(FORMS.get(name, ".*"), line)
+            check(is_formed, f"assets/world/{name}:{number}: {line!r} is malformed: see its comments")
     return lines
 
 
@@ -277,7 +277,7 @@ def world_checksum():
 
 
 def read_blocks(name):
-    """The blocks of a file like tasks.txt -> dicts. Raises ValueError for one that lacks a line."""
+    """The blocks of a file like tasks.txt -> dicts. Raises SystemExit for one that lacks a line."""
     parts = {">": "prompts", "<": "replies", "?": "demands", "!": "wrong", "flan>": "flan", "t0>": "t0"}
     needed, blocks = ">" if name == "benchmarks.txt" else "><?", []  # a probe has no answer
     for line in content(name):
@@ -285,7 +285,7 @@ def read_blocks(name):
         if mark.startswith("["):
             blocks.append(defaultdict(list, category=mark[1:-1], rest=text.split()))
         elif not blocks:
-            raise ValueError(f"assets/world/{name}: {line!r} stands before the first [category]")
+            raise SystemExit(f"assets/world/{name}: {line!r} stands before the first [category]")
         elif mark == "?":
             for part, demands in zip(("demands", "constraints"), text.split("!", 1)):
                 blocks[-1][part] = [d.strip() for d in demands.split(";") if d.strip()]
@@ -294,7 +294,7 @@ def read_blocks(name):
     for block, sign in itertools.product(blocks, needed):
         if not block[parts[sign]]:
             seen = [block["category"], *block["prompts"], *block["replies"]][:2]
-            raise ValueError(f"assets/world/{name}: block {seen} has no line with {sign}")
+            raise SystemExit(f"assets/world/{name}: block {seen} has no line with {sign}")
     return blocks
 
 
@@ -316,7 +316,7 @@ def split_of(task):
 
 
 class World:
-    """The content of assets/world. Raises ValueError for a line that is malformed or not known."""
+    """The content of assets/world. Raises SystemExit for a line that is malformed or not known."""
 
     def __init__(self):
         parted = lambda name, sign: [line.split(sign, 1) for line in content(name)]
@@ -330,17 +330,16 @@ class World:
             first, second, third = (part.strip() for part in line.split("|"))
             if "{subject}" in second:
                 relation = dict(relation=first, statement=second, questions=third.split(" / "))
-            elif relation is None:
-                raise ValueError(f"assets/world/facts.txt: {line!r} stands before the first relation")
             else:
+                check(relation, f"assets/world/facts.txt: {line!r} stands before the first relation")
                 self.facts.append(dict(relation, subject=first, truth=second, myth=third))
         self.heldout, self.benchmarks = read_blocks("heldout.txt"), read_blocks("benchmarks.txt")
         self.blocks, blocks = defaultdict(list), read_blocks("tasks.txt")
         self.shares = {block["category"]: float(block["rest"][0]) for block in blocks if block["rest"]}
         self.few_shot = {block["category"] for block in blocks if "few_shot" in block["rest"]}
         for block in blocks:
-            if block["category"] not in (*self.shares, "constraint"):
-                raise ValueError(f"assets/world/tasks.txt: no [{block['category']}] has a share behind it")
+            has_share = block["category"] in (*self.shares, "constraint")
+            check(has_share, f"assets/world/tasks.txt: no [{block['category']}] has a share behind it")
             self.blocks[block["category"]].append(block)
 
         # what the gold preference reads: the class of each word, every claim that can be made (sentence
@@ -398,7 +397,7 @@ class World:
             line = " ".join(words) if rng.random() < 0.5 else self.expand("[{story}|{news}]", {}, rng)
             return "\n".join([line] * rng.randint(2, 3))
         unknown = f"assets/world: {{{key}}} is no class of words.txt and no rule of rules.txt"
-        raise ValueError(f"{unknown}, or what it speaks of is not in the pattern before it")
+        raise SystemExit(f"{unknown}, or what it speaks of is not in the pattern before it")
 
     @staticmethod
     def say(fact, value):
@@ -478,7 +477,7 @@ class World:
         return list(zip(classes, classes[1:], classes[2:]))
 
     def meets(self, demand, text, task):
-        """Does a reply meet one demand of tasks.txt? -> bool; ValueError if there is no such demand."""
+        """Does a reply meet one demand of tasks.txt? -> bool; SystemExit if there is no such demand."""
         words = words_of(text)
         letters = [w for w in words if w.isalpha()]
         match demand.split():
@@ -505,7 +504,7 @@ class World:
             case ["answers"]:
                 about = (task["fact"]["subject"], task["fact"]["relation"])
                 return any(claim[:2] == about for claim in self.claims_in(text))
-        raise ValueError(f"assets/world/tasks.txt: demand {demand!r} is not known")
+        raise SystemExit(f"assets/world/tasks.txt: demand {demand!r} is not known")
 
     def claims_in(self, text):
         """What a reply states about facts of the world -> list of (subject, relation, is it true)."""
