@@ -333,7 +333,6 @@ class World:
             else:
                 check(relation, f"assets/world/facts.txt: {line!r} stands before the first relation")
                 self.facts.append(dict(relation, subject=first, truth=second, myth=third))
-        self.heldout, self.benchmarks = read_blocks("heldout.txt"), read_blocks("benchmarks.txt")
         self.blocks, blocks = defaultdict(list), read_blocks("tasks.txt")
         self.shares = {block["category"]: float(block["rest"][0]) for block in blocks if block["rest"]}
         self.few_shot = {block["category"] for block in blocks if "few_shot" in block["rest"]}

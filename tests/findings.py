@@ -119,7 +119,7 @@ class Chain(eval.Models):
 
     def blocks(self, *metrics):
         """The blocks of benchmarks.txt with one of these metrics."""
-        return [block for block in self.world.benchmarks if block["rest"][0] in metrics]
+        return [block for block in data.read_blocks("benchmarks.txt") if block["rest"][0] in metrics]
 
     def distinct(self, blocks, count, rng):
         """Items of these blocks with different prompts, at most `count` -> list."""
@@ -380,7 +380,7 @@ class Chain(eval.Models):
     def task_tuned(self, style):
         """The GPT fine-tuned on NLP tasks that are put as instructions, style flan or t0; of three lengths of
         training the one with the best reward-model score (App. C.5) -> its policy."""
-        rng, blocks = random.Random(style), [block for block in self.world.benchmarks if block[style]]
+        rng, blocks = random.Random(style), [b for b in data.read_blocks("benchmarks.txt") if b[style]]
         items = [item_of(self.world, rng.choice(blocks), style, rng) for _ in range(10 * self.items)]
         rows = [dict(prompt=item["prompt"], response=item["answer"]) for item in items]
         config = self.settings(sft, style, sft_epochs=4, sft_dropout=0.0)
@@ -530,7 +530,7 @@ class Chain(eval.Models):
         users do ask, about other things (an ad for an animal, not an object); far: what no user asks, a
         second language among it (Figure 8). Paper: examples only."""
         world, rng, tasks, found, claims = data.World(), random.Random(0), defaultdict(dict), {}, {}
-        for block in world.heldout:
+        for block in data.read_blocks("heldout.txt"):
             draw = lambda: world.instance(block, rng.choice(block["prompts"]), rng)
             for task in (draw() for _ in range(2 * self.items // 5)):
                 tasks[(block["rest"] or ["far"])[0]][task["prompt"]] = task  # each prompt once

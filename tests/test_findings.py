@@ -111,7 +111,7 @@ def test_what_a_text_invents_and_states(world):
 
 def bench(world, category, **more):
     """What benchmark() needs of a Chain, in a world of one NLP task."""
-    blocks = [block for block in world.benchmarks if block["category"] == category]
+    blocks = [block for block in data.read_blocks("benchmarks.txt") if block["category"] == category]
     more |= dict(blocks=lambda *metrics: blocks, policies=dict(it=None), tokenizer=None, device=None)
     chain = SimpleNamespace(world=world, items=6, **more)
     chain.distinct = MethodType(Chain.distinct, chain)
@@ -143,12 +143,12 @@ def test_no_user_ever_sends_a_held_out_instruction_or_a_benchmark(world):
     skeleton = lambda text: " ".join(world.word_class.get(word, word) for word in data.words_of(text))
     rng = random.Random(0)
     of_users = {skeleton(world.task(rng)["prompt"]) for _ in range(3000)}
-    for block in world.heldout:
+    for block in data.read_blocks("heldout.txt"):
         for pattern, _ in itertools.product(block["prompts"], range(20)):
             task = world.instance(block, pattern, rng)
             parts = world.gold(task, task["reply"])  # a perfect reply meets all demands
             assert skeleton(task["prompt"]) not in of_users and parts["follows"] == 1, task
-    for block, kind in itertools.product(world.benchmarks, ("prompts", "flan", "t0")):
+    for block, kind in itertools.product(data.read_blocks("benchmarks.txt"), ("prompts", "flan", "t0")):
         items = [findings.item_of(world, block, kind, rng) for _ in range(30 * bool(block[kind]))]
         asked = kind == "prompts" and block["rest"] == ["truth"] and block["category"] in ("user", "chat")
         assert any(skeleton(item["prompt"]) in of_users for item in items) == asked, block
