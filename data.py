@@ -889,8 +889,7 @@ def write_file(path, write):
         reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
         if os.path.exists(temporary):
             os.remove(temporary)
-        message = f"cannot write {path} ({reason}): free some space or choose another --out"
-        raise SystemExit(message) from None
+        raise SystemExit(f"cannot write {path} ({reason}): free some space or choose another --out")
 
 
 def write_text(path, text):
