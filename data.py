@@ -31,7 +31,6 @@ import functools
 import gzip
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -639,7 +638,7 @@ def label(world, labeler, task, replies, rng):
             satisfies_constraint=None if parts["constraint"] is None else bool(parts["constraint"]),
             opinion="i think" in reply, moral_judgement="rather not" in reply,
         ))
-    ranks, rank, best = [0] * len(replies), 0, math.inf
+    ranks, rank, best = [0] * len(replies), 0, float("inf")
     for i in sorted(range(len(replies)), key=lambda i: -likes[i]):
         if best - likes[i] > labeler["tie"]:  # clearly worse than the best reply of the rank above
             rank, best = rank + 1, likes[i]
