@@ -1177,10 +1177,9 @@ def import_main(arguments):
     """The command line behind `python data.py`. Raises SystemExit if it is not complete."""
     match arguments:
         case ["import", format, _, *_, out] if format in FORMATS and re.fullmatch("--out=.+", out):
-            import_files(format, arguments[2:-1], out.removeprefix("--out="))
-        case _:
-            usage = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"
-            raise SystemExit(f'"data.py {" ".join(arguments)}" cannot be understood: {usage}')
+            return import_files(format, arguments[2:-1], out.removeprefix("--out="))
+    usage = f"say import FORMAT FILE.. --out=DIR, with FORMAT one of {' '.join(FORMATS)}"
+    raise SystemExit(f'"data.py {" ".join(arguments)}" cannot be understood: {usage}')
 
 
 if __name__ == "__main__":
