@@ -203,18 +203,18 @@ class Models:
         self.tuned = ["SFT", "PPO init", self.last]
         paths = zip(["GPT", *self.tuned], ("base", "sft", "ppo_init", "ppo"))
         paths = {name: sft.where(config, file) for name, file in paths}
-        made_by, self.policies, encodings = f"run python ppo.py --out={config.out}", {}, []
+        self.policies, encodings = {}, []
         for name, path in paths.items():
             if name == "GPT" and config.base and not config.base.endswith(".pt"):
                 self.policies[name] = model.GPT.from_pretrained(config.base).to(self.device).eval()
             else:
-                self.policies[name], self.tokenizer, _ = sft.load_policy(path, made_by, self.device)
+                self.policies[name], self.tokenizer, _ = sft.load_network("policy", path, self.device)
                 encodings.append(self.tokenizer.state())
         differ = f"{', '.join(paths.values())} have different encodings: take models of one run"
         check(encodings.count(encodings[0]) == len(encodings), differ)
         self.ref = self.policies["PPO init"]
         if config.ref:
-            self.ref, _, _ = sft.load_policy(config.ref, "correct --ref", self.device)
+            self.ref, _, _ = sft.load_network("policy", config.ref, self.device)
         self.limit = min(gpt.config.block_size for gpt in self.policies.values()) - config.max_new_tokens
         encode = lambda part: data.encode_prompts(self.tokenizer, self.datasets[part], self.limit)
         self.tasks, valid = encode("test"), encode("valid")
@@ -246,9 +246,9 @@ class Models:
     def best_epoch(self, path):
         """Of the epochs kept in a checkpoint, the one with the highest score on validation prompts: the
         paper selects the SFT baseline by it, not by loss (App. C.1) -> policy, {epoch: score}."""
-        made_by, policies, by_epoch = "run python sft.py", {}, {}
-        for epoch in sft.load_checkpoint(path, "policy", made_by).get("epochs", {}):
-            policies[epoch], _, _ = sft.load_policy(path, made_by, self.device, epoch)
+        policies, by_epoch = {}, {}
+        for epoch in sft.load_checkpoint("policy", path).get("epochs", {}):
+            policies[epoch], _, _ = sft.load_network("policy", path, self.device, epoch)
             by_epoch[epoch] = self.score_of(policies[epoch])
         return policies.get(max(by_epoch, key=by_epoch.get, default=None)), by_epoch
 
@@ -458,9 +458,8 @@ def chat(config):
     begins with a space; the next turn on a new line. Nothing a model writes is cut: a raw GPT goes on
     with the human's next turn."""
     path = config.model if config.model.endswith(".pt") else os.path.join(config.out, f"{config.model}.pt")
-    made_by = f"run python ppo.py --out={config.out} first, or choose another --model"
     device = sft.get_device(config.device)
-    policy, tokenizer, _ = sft.load_policy(path, made_by, device)
+    policy, tokenizer, _ = sft.load_network("policy", path, device)
     generator = torch.Generator(device).manual_seed(config.seed)
     context, size, turns = policy.config.block_size, config.max_new_tokens, []
     in_dialogue = config.template == "chat"
@@ -499,13 +498,13 @@ def side_by_side(config, lines):
     response at temperature 1, ref the PPO initialisation, nats; length in tokens with eot."""
     device = sft.get_device(config.device)
     path = lambda name: os.path.join(config.out, f"{name}.pt")
-    made_by, loaded = f"run python ppo.py --out={config.out}", {}
+    loaded = {}
     for name in ("base", "sft", "ppo_init", "ppo", "reward"):
-        kind, load = ("reward", sft.load_reward) if name == "reward" else ("policy", sft.load_policy)
-        if sft.is_finished(path(name), kind):
-            loaded[name] = load(path(name), made_by, device)[:2]
+        kind = "reward" if name == "reward" else "policy"
+        if sft.is_finished(kind, path(name)):
+            loaded[name] = sft.load_network(kind, path(name), device)[:2]
     policies = {name: network for name, (network, _) in loaded.items() if name != "reward"}
-    check(policies, f"{config.out} holds no finished model: {made_by} first")
+    check(policies, f"{config.out} holds no finished model: run python ppo.py --out={config.out} first")
     tokenizer, *others = (tokenizer for _, tokenizer in loaded.values())
     differ = f"the models in {config.out} have different encodings: train them again in one --out"
     check(all(other.state() == tokenizer.state() for other in others), differ)

@@ -315,9 +315,9 @@ def print_samples(tokenizer, batch, count=2):
 def load_networks(config, datasets, device):
     """-> policy, its frozen reference (the same checkpoint, if --ref is not given), value model, judge
     (a function that scores responses, by --reward), tokenizer, PPO's prompts as rows with ids."""
-    made_by, path = 'run "python sft.py" first, or pass --ppo_init=PATH', sft.where(config, "ppo_init")
-    policy, tokenizer, _ = sft.load_policy(path, made_by, device)
-    ref, of_ref, _ = sft.load_policy(config.ref or path, "correct --ref", device)
+    path = sft.where(config, "ppo_init")
+    policy, tokenizer, _ = sft.load_network("policy", path, device)
+    ref, of_ref, _ = sft.load_network("policy", config.ref or path, device)
     check(of_ref == tokenizer, f"{config.ref} has another encoding than the policy")
     limit = policy.config.block_size - config.max_new_tokens  # prompts that leave room for a response
     rows = data.encode_prompts(tokenizer, datasets["prompts"], limit)
@@ -421,10 +421,10 @@ def ensure(config):
     scale, shared = config.scale, {name: getattr(config, name) for name in names}
     flags_of = lambda stage: {**data.COMMON_SCALES[scale], **stage.SCALES[scale], **shared}
     wanted = [name for name in ("base", "sft", "ppo_init") if not getattr(config, name)]
-    if not all(sft.is_finished(sft.where(config, name)) for name in wanted):
+    if not all(sft.is_finished("policy", sft.where(config, name)) for name in wanted):
         sft.main(sft.Config(**flags_of(sft)))
     is_given = config.reward.endswith((".pt", ".py"))
-    if not is_given and not sft.is_finished(sft.where(config, "reward"), "reward"):
+    if not is_given and not sft.is_finished("reward", sft.where(config, "reward")):
         reward.main(reward.Config(**flags_of(reward), sft=config.sft))
 
 

@@ -89,7 +89,7 @@ def score(reward_model, tokens, lengths):
     """The scalar at the last real token of each row, which is eot if the response ended: tokens (B, T),
     lengths (B,) -> (B,), score units. Computed on rows of similar length at a time."""
     last = model.response_mask(lengths - 1, lengths, tokens.size(1))  # (B, T-1)
-    return model.by_length(model.masked_values, reward_model, tokens, last, True).sum(1)
+    return model.by_length(model.masked_values, reward_model, tokens, last, True).sum(1)  # behind it
 
 
 def score_groups(reward_model, groups, device):
@@ -130,8 +130,8 @@ def load_judge(config, tokenizer, rows, device):
     tokens (B, T), prompt_lengths (B,), lengths (B,) that returns scores (B,). rows: the prompts."""
     if config.reward.endswith(".py"):
         return text_judge(own_reward(config.reward), tokenizer), None
-    made_by, path = 'run "python reward.py" first, or pass --reward=PATH', sft.where(config, "reward")
-    reward_model, of_reward, _ = sft.load_reward(path, made_by, device)
+    path = sft.where(config, "reward")
+    reward_model, of_reward, _ = sft.load_network("reward", path, device)
     message = f"{path} has another encoding than the policy: train one of them again"
     check(of_reward.state() == tokenizer.state(), message)
     is_gold = config.reward == "gold"
@@ -171,8 +171,7 @@ def main(config):
     run = Run("reward", "reward", config)
     if run.finished:
         return
-    made_by = 'run "python sft.py" first, or pass --sft=PATH'
-    start, tokenizer, _ = sft.load_policy(sft.where(config, "sft"), made_by, run.device)
+    start, tokenizer, _ = sft.load_network("policy", sft.where(config, "sft"), run.device)
     if tokenizer.name != config.encoding:
         print(f"--encoding={config.encoding} is not used: the supervised model has {tokenizer.name}")
 
@@ -237,8 +236,7 @@ CHUNK = 256  # prompts sampled and labeled together
 def collect_for_world(config, start, tokenizer, datasets):
     """-> rows of comparisons, and of some for validation: samples of the supervised model only, ranked
     by labelers who gave no training data."""
-    made_by = 'run "python sft.py" first, or pass --base=PATH'
-    base, _, _ = sft.load_policy(sft.where(config, "base"), made_by, sft.get_device(config.device))
+    base, _, _ = sft.load_network("policy", sft.where(config, "base"), sft.get_device(config.device))
     world, policies = data.World(), dict(sft=start, hot=start, base=base)
     labelers, heldout = data.make_labelers(world, config.seed)
     limit, rows = start.config.block_size - config.max_new_tokens, []
@@ -404,9 +402,8 @@ def label(config):
     tasks = data.read_jsonl(given, "prompt") if given else of_world()
     tasks = list({task["prompt"]: task for task in tasks}.values())  # the world repeats some
     if not config.demonstrate:
-        world, made_by = data.World(), 'run "python ppo.py" first, or pass --from=DIR or --sft=PATH'
-        load = lambda name: sft.load_policy(sft.where(config, name), made_by, device)
-        (policy, tokenizer, _), model_path = load("sft"), sft.where(config, "sft")
+        load = lambda name: sft.load_network("policy", sft.where(config, name), device)
+        (policy, tokenizer, _), model_path, world = load("sft"), sft.where(config, "sft"), data.World()
         policies = dict(sft=policy, hot=policy, base=policy if given else load("base")[0])
         mixture = {source: COLLECTED[source] for source in ("sft", "hot")} if given else COLLECTED
         tasks = data.encode_prompts(tokenizer, tasks, policy.config.block_size - config.max_new_tokens)

@@ -22,7 +22,6 @@ Differs from the paper in:
 
 import contextlib
 import difflib
-import functools
 import json
 import math
 import os
@@ -150,7 +149,7 @@ def main(config):
     else:
         if where(config, "base") == os.path.join(config.out, "base.pt"):  # not given, not in --from
             pretrain(config, datasets)
-        base, tokenizer, _ = load_policy(where(config, "base"), "pass another --base", "cpu")
+        base, tokenizer, _ = load_network("policy", where(config, "base"), "cpu")
     parameters = sum(p.numel() for p in base.parameters())
     print(f"base: {parameters:,} parameters, vocabulary {tokenizer.n_vocab}")
     if tokenizer.name != config.encoding:
@@ -403,7 +402,7 @@ class Run:
         now, code = {**settings_of(config, ignore), **more}, zlib.crc32(b"".join(files))
         self.state = dict(step=0, finished=False)
         if os.path.exists(self.path) and not config.fresh:
-            self.state = load_checkpoint(self.path, kind, "run the same command again")
+            self.state = load_checkpoint(kind, self.path)
             # a flag that the checkpoint does not know was at its default
             then = {**{field.name: field.default for field in fields(config)}, **self.state["settings"]}
             differ = [f"--{k}={then.get(k)} there, {now[k]} now" for k in now if then.get(k) != now[k]]
@@ -504,41 +503,38 @@ def where(config, name):
     return given if given.endswith(".pt") else next(filter(os.path.exists, paths), paths[0])
 
 
-def load_checkpoint(path, kind, made_by):
-    """-> what Run.save wrote. Raises SystemExit, saying made_by, unless it is of this kind."""
-    check(os.path.exists(path), f"{path} not found: {made_by}")
+def load_checkpoint(kind, path):
+    """-> what Run.save wrote. Raises SystemExit unless it is of this kind."""
+    advice = 'run "python ppo.py" with this --out, which makes what is missing'
+    check(os.path.exists(path), f"{path} not found: {advice}, or say where it is")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["kind"]
     except Exception:  # torch.load fails in many ways on what is cut short or was never a checkpoint
-        message = f"{path} is damaged or is not a checkpoint of this project: delete it, then {made_by}"
+        message = f"{path} is damaged or is not a checkpoint of this project: delete it, then {advice}"
         raise SystemExit(message) from None
     holds = f"{path} holds a {found} model, expected a {kind} model"
     check(found == kind, f"{holds}: did you mix up two paths?")
     return checkpoint
 
 
-def load_network(kind, path, made_by, device, epoch=None):
+def load_network(kind, path, device, epoch=None):
     """-> GPT or ScalarGPT in eval mode, its tokenizer, its checkpoint. epoch: one of the kept epochs of
     sft.pt; None is the last. Raises SystemExit as load_checkpoint does, and if it is not finished."""
-    checkpoint = load_checkpoint(path, kind, made_by)
-    check(checkpoint["finished"], f"{path} is not finished: {made_by}")
+    checkpoint = load_checkpoint(kind, path)
+    check(checkpoint["finished"], f"{path} is not finished: the command that began it goes on with it")
     network = GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0}))  # dropout is for SFT only
     network = ScalarGPT(network) if kind == "reward" else network
     network.load_state_dict(checkpoint["epochs"][epoch] if epoch else checkpoint["weights"])
     return network.to(device).eval(), data.Tokenizer(**checkpoint["tokenizer"]), checkpoint
 
 
-load_policy = functools.partial(load_network, "policy")
-load_reward = functools.partial(load_network, "reward")
-
-
-def is_finished(path, kind="policy"):
+def is_finished(kind, path):
     """Is there a finished checkpoint at path? Prints a warning if the world's text has changed since.
     Raises SystemExit if the file is damaged or holds another kind."""
     if not os.path.exists(path):
         return False
-    checkpoint = load_checkpoint(path, kind, "run the same command again")
+    checkpoint = load_checkpoint(kind, path)
     if checkpoint["settings"].get("world", data.world_checksum()) != data.world_checksum():
         print(f"warning: {path} was made from another text of assets/world: delete it to make it anew")
     return checkpoint["finished"]

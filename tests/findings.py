@@ -94,7 +94,7 @@ class Chain(eval.Models):
         return stage.Config(**{**defaults, **self.shared, "out": out, **flags})
 
     def load(self, name, epoch=None):
-        return sft.load_policy(f"{self.out}/{name}.pt", "run the same command again", self.device, epoch)[0]
+        return sft.load_network("policy", f"{self.out}/{name}.pt", self.device, epoch)[0]
 
     def train_ppo(self, name, folder, **flags):
         """PPO with other flags in out/FOLDER; its policy goes by this name from now on."""

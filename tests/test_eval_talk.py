@@ -31,7 +31,7 @@ def out(chain, tmp_path_factory):
 
 
 def load(folder, name):
-    return sft.load_policy(f"{folder}/{name}.pt", "", CPU)[:2]
+    return sft.load_network("policy", f"{folder}/{name}.pt", CPU)[:2]
 
 
 def piped(monkeypatch, text):
@@ -123,7 +123,7 @@ def test_compare_shows_what_scores_and_mean_kl_say(monkeypatch, out, capsys):
     rows, prompt = [line.split(maxsplit=4) for line in lines], "say cat\n"
     names = [name for name in ("base", "sft", "ppo_init", "ppo") for _ in range(2)]
     assert first == repr(prompt) and [row[0] for row in rows] == names
-    judge = reward.model_judge(sft.load_reward(f"{out}/reward.pt", "", CPU)[0])
+    judge = reward.model_judge(sft.load_network("reward", f"{out}/reward.pt", CPU)[0])
     for i, (name, score, kl, length, text) in enumerate(rows):
         policy, tokenizer = load(out, name)
         response = eval.respond(policy, tokenizer, [prompt] * 2, 24, 1.0, 1, CPU)[i % 2]
@@ -152,7 +152,7 @@ def test_compare_leaves_out_what_it_cannot_tell(monkeypatch, out, tmp_path, caps
 @pytest.mark.parametrize("command, flag, message", [
     ("chat", "--template=letter", "--template=letter: expected chat or plain"),
     ("compare", "--samples=0", "--samples=0: expected"),
-    ("chat", "--out=/nowhere", "/nowhere/ppo.pt not found: run python ppo.py --out=/nowhere first"),
+    ("chat", "--out=/nowhere", "/nowhere/ppo.pt not found: run \"python ppo.py\""),
     ("compare", "--out=/nowhere", "/nowhere holds no finished model: run python ppo.py"),
 ])
 def test_bad_input_gets_one_line(monkeypatch, command, flag, message):

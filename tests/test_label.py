@@ -76,7 +76,8 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def wide(chain, tmp_path_factory):
     """A folder of prompts.jsonl, and an untrained sft.pt with room for them."""
-    folder, (_, tokenizer, _) = tmp_path_factory.mktemp("wide"), sft.load_policy(f"{chain}/sft.pt", "", CPU)
+    folder = tmp_path_factory.mktemp("wide")
+    _, tokenizer, _ = sft.load_network("policy", f"{chain}/sft.pt", CPU)
     gpt = tiny_gpt(1, vocab_size=tokenizer.n_vocab, block_size=256, std=0.1)
     save_tiny(folder / "sft.pt", "policy", gpt, tokenizer)
     write(folder / "prompts.jsonl", [dict(prompt=prompt) for prompt in PROMPTS])
@@ -243,7 +244,7 @@ def test_the_way_round(made, tmp_path):
     for name in ("alone", "more"):
         folders = f"--data={tmp_path}/{name}", f"--out={tmp_path}/of-{name}"
         reward.main(sft.parse(reward.Config, reward.SCALES, [*flags, *folders]))
-        network, tokenizer, _ = sft.load_reward(f"{tmp_path}/of-{name}/reward.pt", "", CPU)
+        network, tokenizer, _ = sft.load_network("reward", f"{tmp_path}/of-{name}/reward.pt", CPU)
         groups = data.encode_comparisons(tokenizer, valid, network.config.block_size)
         accuracy = reward.evaluate(network, groups, CPU)["accuracy"]
         print(f"30 comparisons by hand, {name}: accuracy {accuracy:.3f}")
@@ -285,7 +286,7 @@ def test_the_recipes_run_as_printed(made, tmp_path):
         printed = shell(tmp_path, tiny(line), typed)
         assert "agreement" not in line or "agreement 1.000" in printed or "agreement 0." in printed
     outs = re.findall(r"ppo\.py .*--out=(\S+)", "\n".join(lines))
-    assert len(outs) > 2 and all(sft.is_finished(f"{tmp_path}/{out}/ppo.pt") for out in outs)
+    assert len(outs) > 2 and all(sft.is_finished("policy", f"{tmp_path}/{out}/ppo.pt") for out in outs)
     rows = rows_of(tmp_path / "labels" / "comparisons.jsonl")
     assert {row.get("model") for row in rows} == {None, "out/ppo.pt", "out-2/ppo.pt"}
     of_people = [row for row in rows if "model" in row]  # who see what the world's labelers see

@@ -422,7 +422,7 @@ def test_only_policy_and_value_model_change_over_a_run(chain, run):
     assert same(value_model, weights_of(chain / "reward.pt"))
     assert not same(policy, new_policy) and not same(value_model, new_value_model)
     assert not any(given[name].training for given in run.rollout for name in ("policy", "ref"))
-    reward_model, *_ = sft.load_reward(str(chain / "reward.pt"), "", "cpu")
+    reward_model, *_ = sft.load_network("reward", str(chain / "reward.pt"), "cpu")
     row = torch.tensor([[5, 6, 7]]), torch.tensor([1]), torch.tensor([3])
     assert run.rollout[-1]["judge"](*row) == reward.model_judge(reward_model)(*row)
 

@@ -202,7 +202,7 @@ def test_demonstrations_score_zero_on_average_and_the_shift_changes_no_compariso
     loss are those of the last step before it."""
     run(chain, tmp_path, epochs=3, dtype="float32")
     assert len(dtypes) == 15 and set(dtypes) == {"float32"}  # every step
-    network, tokenizer, _ = sft.load_reward(str(tmp_path / "reward.pt"), "", CPU)
+    network, tokenizer, _ = sft.load_network("reward", str(tmp_path / "reward.pt"), CPU)
     datasets = data.load(str(chain), "tiny", 1)
     pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], 64)
     scores = [network(torch.tensor([prompt + response]))[0, -1].item() for prompt, response in pairs]

@@ -87,7 +87,7 @@ def test_rows_are_cut_to_the_context_of_a_given_base(chain, tmp_path, capsys):
     write(tmp_path / "pretrain.txt", [long, "<|endoftext|>", long])
     sft.main(config_of(chain, tmp_path, data=str(tmp_path)))
     assert "demonstrations: longer than 64 tokens" in capsys.readouterr().out
-    assert sft.load_policy(str(tmp_path / "ppo_init.pt"), "", CPU)[0].config.block_size == 64
+    assert sft.load_network("policy", str(tmp_path / "ppo_init.pt"), CPU)[0].config.block_size == 64
 
 
 @pytest.mark.parametrize("encoding", ["gpt2", "bpe"])
@@ -98,7 +98,7 @@ def test_what_a_run_prints_logs_computes_in_and_keeps(chain, tmp_path, capsys, d
     rows = rows_of(tmp_path / "ppo_init.jsonl")
     assert len(rows) > 1 and all(row["memory_gb"] > 0 for row in rows)
     assert len(dtypes) > 2 and set(dtypes) == {"bfloat16"}  # every step
-    load = lambda epoch: sft.load_policy(f"{tmp_path}/sft.pt", "", CPU, epoch)[0].state_dict()
+    load = lambda epoch: sft.load_network("policy", f"{tmp_path}/sft.pt", CPU, epoch)[0].state_dict()
     assert list(torch.load(tmp_path / "sft.pt")["epochs"]) == [1, 2, 4, 5]
     assert same(load(None), load(5)) and not same(load(4), load(5))
 
@@ -279,10 +279,10 @@ def test_another_text_of_the_world_is_refused(tmp_path, edit, capsys):
     out = tmp_path / "out"
     begin(out, data="").finish()
     edit("pages.txt", "#", "# a comment\n#")
-    assert begin(out, data="").finished and sft.is_finished(f"{out}/x.pt")
+    assert begin(out, data="").finished and sft.is_finished("policy", f"{out}/x.pt")
     assert "another text" not in capsys.readouterr().out
     edit("pages.txt", "#", "0.1 | a new page.\n#")
-    assert "--world=" in refused(out, data="") and sft.is_finished(f"{out}/x.pt")
+    assert "--world=" in refused(out, data="") and sft.is_finished("policy", f"{out}/x.pt")
     assert "another text" in capsys.readouterr().out
 
 
@@ -300,19 +300,17 @@ def test_where_an_earlier_stage_is_found(tmp_path):
 # -- checkpoints ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind, load, network", [
-    ("policy", sft.load_policy, tiny_gpt(dropout=0.5)), ("reward", sft.load_reward, tiny_scalar()),
-])
-def test_a_network_comes_back_as_it_was_if_it_is_finished_and_of_its_kind(tmp_path, kind, load, network):
+@pytest.mark.parametrize("kind, network", [("policy", tiny_gpt(dropout=0.5)), ("reward", tiny_scalar())])
+def test_a_network_comes_back_as_it_was_if_it_is_finished_and_of_its_kind(tmp_path, kind, network):
     """J10: in eval mode, and without dropout even if someone calls train()."""
     path, other = str(tmp_path / "p.pt"), dict(policy="reward", reward="policy")[kind]
-    for given, says in ((other, f"{other} model, expected a {kind}"), (kind, "is not finished: run it")):
+    for given, says in ((other, f"{other} model, expected a {kind}"), (kind, "is not finished: the command")):
         save_tiny(path, given, network, TOKENIZER, finished=False)
-        assert says in fails(load, path, "run it", CPU)
-    assert not sft.is_finished(path, kind) and not sft.is_finished(path + "x", kind)
+        assert says in fails(sft.load_network, kind, path, CPU)
+    assert not sft.is_finished(kind, path) and not sft.is_finished(kind, path + "x")
     save_tiny(path, kind, network, TOKENIZER, step=7)
-    assert sft.is_finished(path, kind)
-    loaded, tokenizer, checkpoint = load(path, "", CPU)
+    assert sft.is_finished(kind, path)
+    loaded, tokenizer, checkpoint = sft.load_network(kind, path, CPU)
     assert torch.equal(loaded(TOKENS), network(TOKENS)) and not loaded.training
     assert torch.equal(loaded.train()(TOKENS), network(TOKENS))
     assert tokenizer.state() == TOKENIZER.state() and checkpoint["step"] == 7
@@ -343,7 +341,7 @@ def test_a_damaged_or_foreign_file_ends_in_one_line_is_left_alone_and_runs_no_co
     save_tiny(path, "policy", tiny_gpt(), TOKENIZER)
     path.write_bytes(raw := damage(path.read_bytes()))
     message = "p.pt is damaged or is not a checkpoint of this project: delete it"
-    assert fails(sft.is_finished, "p.pt").startswith(message)
+    assert fails(sft.is_finished, "policy", "p.pt").startswith(message)
     assert path.read_bytes() == raw and os.listdir(tmp_path) == ["p.pt"]
 
 

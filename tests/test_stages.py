@@ -219,7 +219,7 @@ def refused(stage, *flags):
     ("sft", f"--out={__file__}/out", "cannot write there"),
     ("reward", "--k_min=1", "--k_min=1 --k_max=9: expected 2 or more"),
     ("reward", "--k_max=3", "--k_min=4 --k_max=3: expected 2 or more, and no k_max below k_min"),
-    ("reward", "--seed=1", 'sft.pt not found: run "python sft.py" first'),
+    ("reward", "--seed=1", 'sft.pt not found: run "python ppo.py"'),
     ("ppo", "--reward=silver", "--reward=silver is unknown"),
     ("ppo", "--reward=gold --data=.", "--reward=gold needs the miniature world"),
     ("ppo", "--ppo_init=no/such.pt", "no/such.pt not found: correct --ppo_init"),
