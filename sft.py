@@ -131,7 +131,7 @@ def train(run, gpt, tokenizer, optimizers, batches, valid, config, keep={}, warm
             run.log(loss=loss.item(), **losses(), tokens_s=seen / run.seconds())
         if step in keep:
             weights = {name: w.detach().cpu().clone() for name, w in gpt.state_dict().items()}
-            run.state["epochs"][keep[step]] = weights
+            run.state.setdefault("epochs", {})[keep[step]] = weights
     run.finish()
 
 
@@ -215,7 +215,6 @@ def fine_tune(name, config, base, tokenizer, datasets):
             batch = [pairs[i] for i in chosen]
             rows = math.ceil(len(batch) * share / (1 - share))
             batches.append(batch + data.draw(documents, rows, rng))
-    run.state.setdefault("epochs", {})
     keep = {len(batches) // epochs * epoch: epoch for epoch in kept_epochs}
     valid = [data.demonstration_batch(valid, config.train_on_prompts)]
     held_out = dict(valid_loss=valid, pretrain_loss=valid_documents)
