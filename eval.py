@@ -71,8 +71,7 @@ def as_response(tokenizer, text):
 def scores(judge, tokenizer, prompts, responses, device):
     """The judge's score of each response -> list of floats, one a prompt."""
     pairs, given = [(tokenizer.encode(prompt), ids) for prompt, (_, ids) in zip(prompts, responses)], []
-    for i in range(0, len(pairs), 512):
-        batch = pairs[i : i + 512]
+    for batch in data.cut(pairs, 512):
         starts = torch.tensor([len(prompt) for prompt, _ in batch], device=device)
         tokens, lengths = model.pad([prompt + ids for prompt, ids in batch], device)
         given += judge(tokens, starts, lengths).tolist()
@@ -83,8 +82,8 @@ def scores(judge, tokenizer, prompts, responses, device):
 def response_logprobs(policy, pairs, device):
     """log pi(response | prompt) of N pairs of ids -> totals in nats, numbers of tokens, both (N,)."""
     totals, counts = [], []
-    for i in range(0, len(pairs), 128):
-        tokens, mask = (x.to(device) for x in data.demonstration_batch(pairs[i : i + 128]))
+    for batch in data.cut(pairs, 128):
+        tokens, mask = (x.to(device) for x in data.demonstration_batch(batch))
         totals.append(model.by_length(model.masked_logprobs, policy, tokens, mask).sum(1))
         counts.append(mask.sum(1))
     return torch.cat(totals), torch.cat(counts)
@@ -334,8 +333,7 @@ def world_report(models):
         report[f"{last} T={temperature:g} against {other}"] = of_all
     # held-out labelers and the reward model on four samples of SFT to each prompt
     prompts = [prompt for prompt in models.prompts[:300] for _ in range(4)]
-    samples = models.respond("SFT", prompts, seed=2)
-    four = [samples[i : i + 4] for i in range(0, len(samples), 4)]
+    four = data.cut(models.respond("SFT", prompts, seed=2), 4)
     judges = models.heldout, models.judge, models.tokenizer
     report["agreement"] = agreement(world, *judges, tasks, four, models.device)
     for name, numbers in report.items():

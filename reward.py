@@ -106,8 +106,8 @@ def evaluate(reward_model, groups, device):
     """-> dict of valid_loss, nats per pair as ranking_loss averages, and accuracy, the share of untied
     pairs ordered as the labeler did."""
     loss, prompts, right, pairs = 0.0, 0, 0, 0
-    for i in range(0, len(groups), 32):
-        scores, ranks = score_groups(reward_model, groups[i : i + 32], device)  # (B, K)
+    for batch in data.cut(groups, 32):
+        scores, ranks = score_groups(reward_model, batch, device)  # (B, K)
         better = pairs_of(ranks)
         untied = int(better.any(2).any(1).sum())  # the prompts that ranking_loss averages over
         loss, prompts = loss + float(ranking_loss(scores, ranks)) * untied, prompts + untied
