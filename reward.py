@@ -95,10 +95,9 @@ def score(reward_model, tokens, lengths):
 def score_groups(reward_model, groups, device):
     """B groups of K rows -> scores (B, K) of all responses, ranks (B, K), 0 in empty slots."""
     tokens, lengths = model.pad([row for rows, _ in groups for row in rows], device)
-    scores = score(reward_model, tokens, lengths).split([len(ranks) for _, ranks in groups])
-    ranks = [torch.tensor(ranks) for _, ranks in groups]
-    pad = torch.nn.utils.rnn.pad_sequence
-    return pad(scores, batch_first=True), pad(ranks, batch_first=True).to(device)
+    ranks, counts = model.pad([ranks for _, ranks in groups], device)  # (B, K), (B,)
+    scores = score(reward_model, tokens, lengths).split(counts.tolist())
+    return torch.nn.utils.rnn.pad_sequence(scores, batch_first=True), ranks
 
 
 @torch.no_grad()
