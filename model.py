@@ -18,7 +18,6 @@ P longest prompt, R longest response, S slots of the cache, N unmasked tokens.
 import json
 import math
 import os
-import struct
 from dataclasses import dataclass
 
 import torch
@@ -221,7 +220,7 @@ def _read(name_or_folder):
     # safetensors: 8 bytes with the header's length, a JSON header, then the raw tensors
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     with open(path, "rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         content = bytearray(file.read())
     weights = {}
     for name, entry in header.items():
