@@ -131,8 +131,7 @@ def load_judge(config, tokenizer, rows, device):
         return text_judge(own_reward(config.reward), tokenizer), None
     path = sft.where(config, "reward")
     reward_model, of_reward, _ = sft.load_network("reward", path, device)
-    message = f"{path} has another encoding than the policy: train one of them again"
-    check(of_reward.state() == tokenizer.state(), message)
+    check(of_reward == tokenizer, f"{path} has another encoding than the policy: train one of them again")
     is_gold = config.reward == "gold"
     return gold_judge(tokenizer, rows) if is_gold else model_judge(reward_model), reward_model
 
