@@ -446,8 +446,7 @@ class Run:
                 yield self.step
                 if self.interrupted or time.monotonic() > self.due:
                     self.save()
-                saved = f"stopped after step {self.step}, saved in {self.path}"
-                check(not self.interrupted, f"{saved}: the same command goes on from there")
+                check(not self.interrupted, f"saved {self.path}, step {self.step}: the same command goes on")
         finally:
             signal.signal(signal.SIGINT, previous)
 
@@ -512,8 +511,7 @@ def load_checkpoint(kind, path):
     except Exception:  # torch.load fails in many ways on what is cut short or was never a checkpoint
         message = f"{path} is damaged or is not a checkpoint of this project: delete it, then {advice}"
         raise SystemExit(message) from None
-    holds = f"{path} holds a {found} model, expected a {kind} model"
-    check(found == kind, f"{holds}: did you mix up two paths?")
+    check(found == kind, f"{path} holds a {found} model, expected a {kind} model: did you mix up two paths?")
     return checkpoint
 
 
