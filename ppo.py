@@ -408,10 +408,6 @@ def check_config(config):
     check(size % minibatch_size == 0, f"{message}: change one of them")
     message = f"--episodes={config.episodes} is less than one rollout of {size}: raise it"
     check(config.episodes >= size, message)
-    is_known = config.reward in ("", "gold") or config.reward.endswith((".pt", ".py"))
-    check(is_known, f"--reward={config.reward} is unknown: a path of a .pt or .py file, or gold")
-    message = "--reward=gold needs the miniature world: leave out --data"
-    check(config.reward != "gold" or not config.data, message)
 
 
 def ensure(config):

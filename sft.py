@@ -344,6 +344,10 @@ def check_config(config):
         check(not missing, f"{given} not found: correct --{name}, or leave it out to have it trained")
         is_path = given.endswith(".pt") or name in ("base", "reward") or not given  # these take more
         check(is_path, f"--{name}={given}: expected the path of a .pt file")
+    judge = getattr(config, "reward", "")
+    is_known = judge in ("", "gold") or judge.endswith((".pt", ".py"))
+    check(is_known, f"--reward={judge} is unknown: a path of a .pt or .py file, or gold")
+    check(judge != "gold" or not config.data, "--reward=gold needs the miniature world: leave out --data")
     get_device(config.device)
     with contextlib.suppress(OSError):
         os.makedirs(config.out, exist_ok=True)

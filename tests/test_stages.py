@@ -221,7 +221,9 @@ def refused(stage, *flags):
     ("reward", "--k_max=3", "--k_min=4 --k_max=3: expected 2 or more, and no k_max below k_min"),
     ("reward", "--seed=1", 'sft.pt not found: run "python ppo.py"'),
     ("ppo", "--reward=silver", "--reward=silver is unknown"),
+    ("eval", "--reward=silver", "--reward=silver is unknown"),
     ("ppo", "--reward=gold --data=.", "--reward=gold needs the miniature world"),
+    ("eval", "--reward=gold --data=.", "--reward=gold needs the miniature world"),
     ("ppo", "--ppo_init=no/such.pt", "no/such.pt not found: correct --ppo_init"),
     ("ppo", "--sft=folder", "--sft=folder: expected the path of a .pt file"),  # it would be left unread
     ("ppo", "--from=no/such", "--from=no/such: expected a folder that is there"),
