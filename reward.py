@@ -14,9 +14,7 @@ Differs from the paper in:
     1. the loss divides by the pairs that are kept when ties are dropped; the paper does not say;
     2. the responses of a prompt come from several sources (COLLECTED below), not from supervised models
        only: a small reward model that never saw a reply to another question gives such replies full
-       marks;
-    3. it learns by Muon, as in pretraining: by Adam (--muon_lr=0) a model so small does not learn of
-       each fact of the world which claim is true.
+       marks.
 
     python reward.py                  after python sft.py; 2.5 minutes on two CPU cores; writes reward.pt
     python reward.py label --out=DIR  rank responses yourself, for --data; --demonstrate: write some
@@ -41,7 +39,7 @@ import torch.nn.functional as F
 import data
 import model
 import sft
-from data import Amount, Common, Count, Rate
+from data import Common, Count, Rate
 from model import ScalarGPT
 from sft import Run, check
 
@@ -57,12 +55,11 @@ class Config(Common):
     # optimisation
     epochs: Count = 2  # (paper: 1, of 33k prompts; more overfit a model with 6B parameters)
     batch: Count = 4  # prompts a step (paper: 64)
-    lr: Rate = 5e-4  # AdamW, of embeddings and vectors: peak, cosine to 10% (paper: 9e-6)
-    muon_lr: Amount = 0.002  # Muon, of the matrices of the blocks; 0 for none (paper: Adam for all)
+    lr: Rate = 5e-4  # peak, cosine to 10% (paper: 9e-6)
     grad_clip: Rate = 1.0
 
 
-SCALES = dict(tiny=dict(lr=1e-3), cpu=dict(), gpu=dict(batch=64), gpt2=dict(batch=8, lr=9e-6, muon_lr=0.0))
+SCALES = dict(tiny=dict(lr=1e-3), cpu=dict(), gpu=dict(batch=64), gpt2=dict(batch=8, lr=9e-6))
 
 
 def ranking_loss(scores, ranks):
@@ -189,10 +186,10 @@ def train(run, start, tokenizer, groups, groups_valid, pairs, config):
     # 2. the model starts from the supervised one, its unembedding replaced by a scalar head
     torch.manual_seed(config.seed)
     reward_model = ScalarGPT.from_gpt(start)
-    optimizers = sft.muon_and_adamw(reward_model, config.muon_lr, config.lr)
+    optimizer = sft.adamw(reward_model, config.lr)
     steps = -(-len(groups) // config.batch) * config.epochs
     batches = data.bucketed([len(rows[0]) for rows, _ in groups], config.batch, config.seed, steps)
-    run.begin(steps, tokenizer, weights=reward_model, **optimizers)
+    run.begin(steps, tokenizer, weights=reward_model, optimizer=optimizer)
     if run.step == 0:
         run.log(**evaluate(reward_model, groups_valid, run.device))
     seen = 0
@@ -204,7 +201,7 @@ def train(run, start, tokenizer, groups, groups_valid, pairs, config):
         loss = ranking_loss(scores, ranks)
         run.check_finite(loss.item())
         loss.backward()
-        sft.optimizer_step(reward_model, optimizers.values(), sft.cosine(step, steps), config.grad_clip)
+        sft.optimizer_step(reward_model, [optimizer], sft.cosine(step, steps), config.grad_clip)
         seen += sum(len(ranks) for _, ranks in batch)
         # 4. log
         if step % config.log_every == 0 or step == steps:

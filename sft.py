@@ -14,7 +14,7 @@ Differs from the paper in:
     1. the loss counts response tokens only (--train_on_prompts=true: all); the paper does not say;
     2. learning rates are those of a model a thousand times smaller; the paper's stand in the comments;
     3. pretraining uses Muon (Jordan et al. 2024) for the matrices of the blocks, and begins with a
-       primer. The paper was given its base model; SFT and PPO use Adam, as there.
+       primer. The paper was given its base model; SFT, reward model and PPO use Adam, as there.
 
     python sft.py                     4 minutes on two CPU cores
     python sft.py --scale=tiny        seconds; its numbers mean nothing
@@ -54,7 +54,7 @@ class Config(Common):
     base_steps: Count = 3600
     base_tokens: Count = 512  # a step, about (GPT-3 1.3B: 1M): many small steps teach sooner than few
     base_lr: Rate = 2e-3  # AdamW, of embeddings and vectors: peak, cosine to 10% (GPT-3 1.3B: 2.0e-4)
-    muon_lr: Amount = 0.0075  # Muon, of the matrices of the blocks: peak, the same cosine; 0 for none
+    muon_lr: Rate = 0.0075  # Muon, of the matrices of the blocks: peak, the same cosine
     base_weight_decay: Amount = 0.1  # as GPT-3
     primer_share: Share = 0.22  # of the steps, the warm-up: these see roll-calls only; 0 for none
     lookup: bool = True  # GPTConfig.lookup; False is plain GPT-2
@@ -247,15 +247,13 @@ def adamw(network, lr, weight_decay=0.0, but=()):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-5, fused=True)
 
 
-def muon_and_adamw(network, muon_lr, lr, weight_decay=0.0):
+def muon_and_adamw(gpt, muon_lr, lr, weight_decay):
     """Muon (Jordan et al. 2024) for the matrices of the blocks: each step is the momentum with all its
     singular values made equal, so that rare directions, such as copying a rare word, are learnt as
-    quickly as common ones. AdamW for the rest, and with a muon_lr of 0 for all -> optimizers by name."""
-    if not muon_lr:
-        return dict(adamw=adamw(network, lr, weight_decay))
-    matrices = [p for name, p in network.named_parameters() if ".h." in name and p.dim() >= 2]
+    quickly as common ones. AdamW for embeddings and vectors -> both, by name."""
+    matrices = [p for p in gpt.transformer.h.parameters() if p.dim() >= 2]
     muon = torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, momentum=0.95)
-    return dict(muon=muon, adamw=adamw(network, lr, weight_decay, but=matrices))
+    return dict(muon=muon, adamw=adamw(gpt, lr, weight_decay, but=matrices))
 
 
 def optimizer_step(network, optimizers, factor, grad_clip):
