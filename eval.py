@@ -28,8 +28,7 @@ import data
 import model
 import reward
 import sft
-from data import Amount, Common, Count, Seed, words_of
-from sft import check
+from data import Amount, Common, Count, Seed, check, words_of
 
 # --------------------------------------------------------------------------------------------------
 # measures
@@ -361,14 +360,14 @@ def main(config):
     print_table(table)
     report = world_report(models) if world else {}
     contents = dict(table=table, report=report, prompts=len(models.prompts), sft_epochs=models.by_epoch)
-    sft.write_text(os.path.join(config.out, "table.json"), json.dumps(contents, indent=1))
+    data.write_text(os.path.join(config.out, "table.json"), json.dumps(contents, indent=1))
     rows = [{key: task[key] for key in ("prompt", "category") if key in task} for task in models.tasks]
     for name, temperature in shown:
         for row, (text, _) in zip(rows, models.responses(name, temperature)):
             row[f"{name} T={temperature:g}"] = text
         for row, gold in zip(rows, models.golds(name, temperature) if world else []):
             row[f"gold {name} T={temperature:g}"] = gold
-    sft.write_text(os.path.join(config.out, "responses.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
+    data.write_text(os.path.join(config.out, "responses.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
     for i, row in enumerate(rows[:8]):  # the first test prompts, whatever they show
         print(f"\n[{i}] {row['prompt']!r}")
         for name in at_1:

@@ -36,9 +36,9 @@ import eval
 import model
 import reward
 import sft
-from data import Amount, Common, Count, Rate, Share
+from data import Amount, Common, Count, Rate, Share, check
 from model import ScalarGPT
-from sft import Run, check
+from sft import Run
 
 
 @dataclass

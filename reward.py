@@ -39,9 +39,9 @@ import torch.nn.functional as F
 import data
 import model
 import sft
-from data import Common, Count, Rate
+from data import Common, Count, Rate, check
 from model import ScalarGPT
-from sft import Run, check
+from sft import Run
 
 
 @dataclass
@@ -427,7 +427,7 @@ def label(config):
             rows.append({**row, **answer})
         place += answer != "u"
         if answer not in ("s", "q"):
-            sft.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+            data.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def agreement(*paths):

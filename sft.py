@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 import model
-from data import Amount, Common, Count, Dtype, Folder, Rate, Seed, Share, check, write_text
+from data import Amount, Common, Count, Dtype, Folder, Rate, Seed, Share, check
 from model import GPT, GPTConfig, ScalarGPT, is_first
 
 

@@ -211,7 +211,7 @@ class Chain(eval.Models):
         models: 0.724 on their own labelers, 0.696 on others."""
         groups, _ = self.comparisons()
         rows = data.read_jsonl(f"{self.out}/comparisons.jsonl")
-        sft.check(len(rows) == len(groups), "some comparisons are longer than the context")
+        data.check(len(rows) == len(groups), "some comparisons are longer than the context")
         accuracy = lambda *of: reward.evaluate(*of, self.device)["accuracy"]
         own, others, some = [], [], slice(10 * self.few)
         for fold, (mine, held_out, of_others) in enumerate(folds_of(rows[some], groups[some])):
@@ -694,10 +694,10 @@ def best_of_n(scores, golds, n):
 def main(config):
     """Measure what is asked for and not yet in out/report.json; print and write every cell there is."""
     sft.check_config(config)
-    sft.check(not config.data, "the findings need the miniature world: leave out --data")
+    data.check(not config.data, "the findings need the miniature world: leave out --data")
     asked = [word.strip() for word in config.finding.split(",")] if config.finding else []
     known = all(word.isdecimal() and int(word) in FINDINGS for word in asked)
-    sft.check(known, f"--finding={config.finding}: say numbers from 1 to 15, as in --finding=2,12")
+    data.check(known, f"--finding={config.finding}: say numbers from 1 to 15, as in --finding=2,12")
     numbers = [int(word) for word in asked] or [n for n in FINDINGS if not (config.quick and n in LONG)]
     seeds = range(config.seed, config.seed + (1 if config.quick else config.seeds))
     chain = None  # made when the first cell of a seed is missing: it may have to train
@@ -711,10 +711,10 @@ def main(config):
         rows = {label: intervals(row) for label, row in found.items()}
         kept = read_report(config)  # another finding may have been measured meanwhile
         kept["cells"][f"{number}/{seed}"] = dict(rows=rows, shown=shown, claims=claims)
-        sft.write_text(os.path.join(config.out, "report.json"), json.dumps(kept) + "\n")
+        data.write_text(os.path.join(config.out, "report.json"), json.dumps(kept) + "\n")
         print(f"finding {number}, seed {seed}: {'holds' if holds(claims) else 'does not hold'}", flush=True)
     text = as_markdown(read_report(config))
-    sft.write_text(os.path.join(config.out, "report.md"), text)
+    data.write_text(os.path.join(config.out, "report.md"), text)
     print("\n" + text + "\nscale tiny: the numbers above mean nothing" * (config.scale == "tiny"))
     draw(read_report(config), config.out)
 
@@ -729,7 +729,7 @@ def read_report(config):
     [kept] = data.read_jsonl(path) if os.path.exists(path) else [dict(settings=settings, cells={})]
     then = kept["settings"]
     differ = [f"{k}: {then.get(k)} there, {v} now" for k, v in settings.items() if then.get(k) != v]
-    sft.check(not differ, f"{path} was made with other flags ({', '.join(differ)}): choose another --out")
+    data.check(not differ, f"{path} was made with other flags ({', '.join(differ)}): choose another --out")
     return kept
 
 
@@ -887,7 +887,7 @@ def train_judge(texts, positive, steps=20, lr=0.02):
 
 def reviews(config):
     """How many responses are positive, by a judge that learnt from reviews which no other model saw?"""
-    sft.check(config.data, "reviews need --data=DIR, a folder that python data.py import imdb made")
+    data.check(config.data, "reviews need --data=DIR, a folder that python data.py import imdb made")
     parts = [], []  # to learn from; held out, in blocks: windows of one review stand together
     for i, row in enumerate(data.read_jsonl(os.path.join(config.data, "judge.jsonl"), "response", "rating")):
         parts[i // 20 % 10 == 9].append((row["response"], row["rating"] > 5))  # stars of ten
@@ -897,7 +897,7 @@ def reviews(config):
     for name in (key for key in rows[0] if " T=" in key):
         report[f"positive, {name}"] = eval.interval(float(x > 0) for x in judge([row[name] for row in rows]))
     print("\n".join(f"{name:40} {mean:.3f} ± {half:.3f}" for name, (mean, half) in report.items()))
-    sft.write_text(os.path.join(config.out, "reviews.json"), json.dumps(report, indent=1))
+    data.write_text(os.path.join(config.out, "reviews.json"), json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
