@@ -353,10 +353,10 @@ def masked_logprobs(gpt, tokens, mask, temperature=1.0):
     return torch.zeros(mask.shape, device=mask.device, dtype=logprobs.dtype).masked_scatter(mask, logprobs)
 
 
-def masked_values(network, tokens, mask, behind=False):
-    """The scalar before each unmasked action, which has read tokens[:, :t + 1]: its value; or behind it:
-    its score. 0 elsewhere, score units: tokens (B, T), mask (B, T-1) -> (B, T-1)."""
-    values = network(tokens, where=F.pad(mask, (1, 0) if behind else (0, 1)))  # (N,)
+def masked_values(value_model, tokens, mask):
+    """The value of the state before each unmasked action, 0 elsewhere, score units: tokens (B, T),
+    mask (B, T-1) -> (B, T-1); column t has read tokens[:, :t + 1]."""
+    values = value_model(tokens, where=F.pad(mask, (0, 1)))  # (N,)
     return torch.zeros(mask.shape, device=mask.device, dtype=values.dtype).masked_scatter(mask, values)
 
 

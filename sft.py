@@ -448,7 +448,8 @@ class Run:
                 yield self.step
                 if self.interrupted or time.monotonic() > self.due:
                     self.save()
-                check(not self.interrupted, f"saved {self.path}, step {self.step}: the same command goes on")
+                saved = f"stopped after step {self.step}, saved in {self.path}"
+                check(not self.interrupted, f"{saved}: the same command goes on from there")
         finally:
             signal.signal(signal.SIGINT, previous)
 
