@@ -32,31 +32,7 @@ to get wrong:
     J28  the gradients of PPO and pretraining text add up to one optimizer step
     J30  kl may be negative on a token; a mean below 0 over many batches is a bug
 
-L are worked examples, the arithmetic stands where one is first computed:
-
-    L2   eq. 1 for four ranked responses, and its gradient
-    L3   the same scores plus 10
-    L4   two of the four tied: the pair is dropped
-    L6   prompts of 4 and of 9 responses weigh the same
-    L7   the shift to demonstrations
-    L8   the std of fresh heads, for 8 channels
-    L9   rewards shaped by the kl of four tokens
-    L10  GAE on L9
-    L11  GAE with lambda 1, and 0
-    L13  whitened advantages of L10
-    L14  whitened rewards of which the mean stays
-    L15  whitening under a mask
-    L16  the clipped surrogate and its slope, six cases
-    L17  the clipped value loss
-    L18  three estimators of kl on the tokens of L9
-    L19  the exact kl of two distributions over three words
-    L22  the cosine of the learning rate
-    L23  its warm-up in PPO
-    L24  the moving average of the weights
-    L26  the kl of best-of-n
-    L28  entropy of two answers; the best of two answers by mean log-probability; F1 of SQuAD
-    L29  the interval of a win rate
-    L30  log-probabilities at temperatures 1 and 0.7
+L are worked examples, L2 to L30: the arithmetic stands at the mark, where one is first computed.
 """
 
 import gzip
@@ -126,6 +102,14 @@ def python(*command, **more):
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, **more)
 
 
+def started(*command):
+    """`python COMMAND` in the repository behind pipes, with strict UTF-8 as on a desktop -> the process."""
+    env, pipe = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, subprocess.PIPE
+    env.pop("COLUMNS", None)  # the width of a terminal
+    pipes = dict(stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes)
+
+
 def fails(call, *arguments, **flags):
     """-> the one line of the SystemExit that the call must raise: exit status 1, and that line on stderr."""
     with pytest.raises(SystemExit) as stop:
@@ -166,6 +150,11 @@ def tiny_scalar(seed=0, **more):
     scalar = model.ScalarGPT.from_gpt(tiny_gpt(seed, **more))
     torch.nn.init.normal_(scalar.head.bias)
     return scalar.eval()
+
+
+def load(folder, name, kind="policy"):
+    """-> the network of a checkpoint, its tokenizer."""
+    return sft.load_network(kind, f"{folder}/{name}.pt", CPU)[:2]
 
 
 def save_tiny(path, kind, network, tokenizer, **more):

@@ -2,11 +2,9 @@
 
 import ast
 import io
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -16,8 +14,7 @@ import data
 import eval
 import model
 import reward
-import sft
-from conftest import CPU, ROOT, fails, save_tiny, tiny_gpt
+from conftest import CPU, fails, load, save_tiny, started, tiny_gpt
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +25,6 @@ def out(chain, tmp_path_factory):
     shape = dict(vocab_size=tokenizer.n_vocab, block_size=64, std=0.1)
     save_tiny(folder / "ppo.pt", "policy", tiny_gpt(5, **shape), tokenizer)
     return str(folder)
-
-
-def load(folder, name):
-    return sft.load_network("policy", f"{folder}/{name}.pt", CPU)[:2]
 
 
 def piped(monkeypatch, text):
@@ -123,7 +116,7 @@ def test_compare_shows_what_scores_and_mean_kl_say(monkeypatch, out, capsys):
     rows, prompt = [line.split(maxsplit=4) for line in lines], "say cat\n"
     names = [name for name in ("base", "sft", "ppo_init", "ppo") for _ in range(2)]
     assert first == repr(prompt) and [row[0] for row in rows] == names
-    judge = reward.model_judge(sft.load_network("reward", f"{out}/reward.pt", CPU)[0])
+    judge = reward.model_judge(load(out, "reward", "reward")[0])
     for i, (name, score, kl, length, text) in enumerate(rows):
         policy, tokenizer = load(out, name)
         response = eval.respond(policy, tokenizer, [prompt] * 2, 24, 1.0, 1, CPU)[i % 2]
@@ -160,14 +153,11 @@ def test_bad_input_gets_one_line(monkeypatch, command, flag, message):
     assert fails(eval.talk, command, [flag, "--device=cpu"]).startswith(message)
 
 
-def start(out, *flags):
-    command = [sys.executable, "eval.py", "chat", f"--out={out}", "--device=cpu", *flags]
-    strict, pipe = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}, subprocess.PIPE  # as on a desktop
-    return subprocess.Popen(command, cwd=ROOT, env=strict, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
+CHAT = "eval.py", "chat", "--device=cpu"
 
 
 def test_piped_output_is_the_responses_and_the_end_of_the_input_ends_it_well(out):
-    process = start(out, f"--model={out}/sft.pt", "--template=plain", "--max_new_tokens=5")
+    process = started(*CHAT, f"--model={out}/sft.pt", "--template=plain", "--max_new_tokens=5")
     printed, errors = process.communicate(b"cat\n\xff\xfe\ndog")  # bytes that are no text are no reason to stop
     assert (process.returncode, errors) == (0, b"")
     (policy, tokenizer), luck = load(out, "sft"), torch.Generator().manual_seed(1)
@@ -177,7 +167,7 @@ def test_piped_output_is_the_responses_and_the_end_of_the_input_ends_it_well(out
 
 @pytest.mark.parametrize("how", ["ctrl-c", "the reader goes away"])
 def test_a_chat_that_is_broken_off_ends_with_status_0_and_no_traceback(out, how):
-    process = start(out)
+    process = started(*CHAT, f"--out={out}")
     process.stdin.write(b"cat\n")
     process.stdout.read(1)  # it has begun to respond, or has done so and waits for us
     if how == "ctrl-c":

@@ -2,7 +2,6 @@
 they are printed."""
 
 import io
-import os
 import random
 import re
 import shutil
@@ -15,7 +14,7 @@ import pytest
 import data
 import reward
 import sft
-from conftest import CPU, ROOT, TINY, fails, rows_of, save_tiny, tiny_gpt, write
+from conftest import ROOT, TINY, fails, load, rows_of, save_tiny, started, tiny_gpt, write
 from test_model import hf_weights, write_hf_folder
 
 
@@ -77,7 +76,7 @@ PROMPTS = [
 def wide(chain, tmp_path_factory):
     """A folder of prompts.jsonl, and an untrained sft.pt with room for them."""
     folder = tmp_path_factory.mktemp("wide")
-    _, tokenizer, _ = sft.load_network("policy", f"{chain}/sft.pt", CPU)
+    tokenizer = load(chain, "sft")[1]
     gpt = tiny_gpt(1, vocab_size=tokenizer.n_vocab, block_size=256, std=0.1)
     save_tiny(folder / "sft.pt", "policy", gpt, tokenizer)
     write(folder / "prompts.jsonl", [dict(prompt=prompt) for prompt in PROMPTS])
@@ -97,10 +96,7 @@ def labeled(typed, monkeypatch, *flags):
 
 def start(*flags):
     """`python reward.py label` behind pipes -> the process, a function that reads up to its next question."""
-    pipe, command = subprocess.PIPE, [sys.executable, "reward.py", "label", *flags]
-    env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
-    env.pop("COLUMNS", None)
-    process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env=env)
+    process = started("reward.py", "label", *flags)
 
     def to_question():
         seen = b""
@@ -214,41 +210,6 @@ def shell(folder, command, typed=""):
     done = subprocess.run(line, shell=True, cwd=folder, input=typed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_the_way_round(made, tmp_path):
-    """30 comparisons through the terminal, by somebody who ranks what it shows by gold and noise: the file holds what
-    was typed, and trains a reward model, alone and with those of the simulated labelers. Prints the accuracies of both
-    on rankings of labelers who gave none."""
-    flags = "--scale=tiny", "--seed=1", "--device=cpu", f"--from={made[0]}"
-    world, rng, typed = data.World(), random.Random(1), {}
-    tasks = {key(task["prompt"]): task for task in data.load("", "tiny", 1)["comparison_prompts"]}
-    process, to_question = start(*flags, f"--out={tmp_path}/alone")
-    for _ in range(30):
-        shown = to_question().removesuffix("ranking:\n").split("] ", 1)[1]
-        prompt, *shown = re.split(r"(?m)^  ([a-z])  ", shown)  # prompt, letter, response, letter, ..
-        texts = {letter: " ".join(text.split()) for letter, text in zip(shown[::2], shown[1::2])}
-        likes = {x: world.gold(tasks[key(prompt)], text)["gold"] + rng.gauss(0, 0.7) for x, text in texts.items()}
-        levels = {x: round(like * 2) for x, like in likes.items()}  # half a point apart, or tied
-        ranked = sorted(set(levels.values()), reverse=True)
-        say(process, " > ".join(" = ".join(x for x in texts if levels[x] == level) for level in ranked))
-        typed |= {(key(prompt), key(text)): ranked.index(levels[x]) + 1 for x, text in texts.items()}
-    to_question()
-    say(process, "q")
-    assert process.wait() == 0
-    rows = rows_of(tmp_path / "alone" / "comparisons.jsonl")
-    found = {(key(r["prompt"]), key(t)): rank for r in rows for t, rank in zip(r["responses"], r["ranks"])}
-    assert found == typed and len(rows) == 30
-    write(tmp_path / "more" / "comparisons.jsonl", rows + rows_of(made[0] / "comparisons.jsonl"))
-    valid = rows_of(made[0] / "comparisons_valid.jsonl")
-    for name in ("alone", "more"):
-        folders = f"--data={tmp_path}/{name}", f"--out={tmp_path}/of-{name}"
-        reward.main(sft.parse(reward.Config, reward.SCALES, [*flags, *folders]))
-        network, tokenizer, _ = sft.load_network("reward", f"{tmp_path}/of-{name}/reward.pt", CPU)
-        groups = data.encode_comparisons(tokenizer, valid, network.config.block_size)
-        accuracy = reward.evaluate(network, groups, CPU)["accuracy"]
-        print(f"30 comparisons by hand, {name}: accuracy {accuracy:.3f}")
-        assert 0.3 < accuracy < 0.9
 
 
 def tiny(line):

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data
 import model
 import ppo
 import reward
 import sft
-from conftest import close, rows_of, same, save_tiny, tiny_gpt, tiny_scalar, weights_of
+from conftest import close, load, rows_of, same, save_tiny, tiny_gpt, tiny_scalar, weights_of
 
 
 def f64(*rows):
@@ -422,7 +421,7 @@ def test_only_policy_and_value_model_change_over_a_run(chain, run):
     assert same(value_model, weights_of(chain / "reward.pt"))
     assert not same(policy, new_policy) and not same(value_model, new_value_model)
     assert not any(given[name].training for given in run.rollout for name in ("policy", "ref"))
-    reward_model, *_ = sft.load_network("reward", str(chain / "reward.pt"), "cpu")
+    reward_model, _ = load(chain, "reward", "reward")
     row = torch.tensor([[5, 6, 7]]), torch.tensor([1]), torch.tensor([3])
     assert run.rollout[-1]["judge"](*row) == reward.model_judge(reward_model)(*row)
 
@@ -436,7 +435,7 @@ def test_the_learning_rate_is_constant_after_the_warmup(run):
 def test_another_reference_is_only_what_the_kl_is_measured_against(chain, tmp_path):
     """--ref: the policy starts from the PPO initialisation all the same, and its first ratio is 1 (J11), also
     when the sampling temperature is not."""
-    tokenizer = data.Tokenizer(**torch.load(chain / "base.pt", weights_only=True)["tokenizer"])
+    tokenizer = load(chain, "base")[1]
     other = tiny_gpt(5, vocab_size=tokenizer.n_vocab, block_size=64, std=0.1)
     save_tiny(tmp_path / "other.pt", "policy", other, tokenizer)
     seen = train(chain, tmp_path, ref=str(tmp_path / "other.pt"), temperature=0.7)
@@ -476,7 +475,7 @@ def test_the_checkpoint_holds_the_moving_average(chain, tmp_path):
         assert not same(found["policy"], start)
 
 
-def test_a_reward_of_your_own(chain, tmp_path, monkeypatch):
+def test_a_reward_of_your_own(chain, tmp_path):
     """--reward=FILE.py: whole numbers of texts; no reward model is needed or made, from chain to table. The
     value model has a head of its own, a function of the seed."""
     (tmp_path / "mine.py").write_text("def reward(prompts, responses):\n    return list(map(len, responses))\n")

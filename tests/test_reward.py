@@ -12,7 +12,7 @@ import model
 import ppo
 import reward
 import sft
-from conftest import CPU, close, fails, rows_of, tiny_gpt, tiny_scalar
+from conftest import CPU, close, fails, load, rows_of, tiny_gpt, tiny_scalar
 
 # L2: scores of four responses, best to worst. Differences and their -log sigmoid(d) = log(1 + e^-d):
 #   (1,2) 0.8 -> 0.371101   (1,3) 1.5 -> 0.201413   (1,4) 2.3 -> 0.095545
@@ -132,7 +132,7 @@ def test_valid_loss_is_a_mean_over_prompts():
 
 def test_comparisons_are_encoded_as_prompt_response_and_eot(chain):
     """But sampled ids are not encoded again: a text may fall into others; one cut by the limit has no eot."""
-    tokenizer, row = tokenizer_of(chain), dict(prompt="say cat\n", responses=["a", "b"], ranks=[1, 2])
+    tokenizer, row = load(chain, "sft")[1], dict(prompt="say cat\n", responses=["a", "b"], ranks=[1, 2])
     prompt, eot, (a, b) = tokenizer.encode("say cat\n"), tokenizer.eot, map(tokenizer.encode, "ab")
     assert data.encode_comparisons(tokenizer, [row], 64) == [([prompt + a + [eot], prompt + b + [eot]], [1, 2])]
     [(sampled, _)] = data.encode_comparisons(tokenizer, [dict(row, tokens=[[70, 71], [72, eot]])], 64)
@@ -158,13 +158,9 @@ def test_the_reward_model_learns_a_simple_preference():
 # -- judges, and the whole stage on untrained checkpoints ----------------------------------------------------
 
 
-def tokenizer_of(chain):
-    return data.Tokenizer(**torch.load(chain / "sft.pt")["tokenizer"])
-
-
 def scores_of(chain, flag, rows, responses):
     """What the judge of --reward=flag gives responses (texts) to the prompts of rows; the first has no eot."""
-    tokenizer = tokenizer_of(chain)
+    tokenizer = load(chain, "sft")[1]
     rows = data.encode_prompts(tokenizer, rows, 10_000)
     judge, _ = reward.load_judge(ppo.Config(reward=flag, out=str(chain)), tokenizer, rows, CPU)
     ids = [tokenizer.encode(text) + [tokenizer.eot] for text in responses]
@@ -202,7 +198,7 @@ def test_demonstrations_score_zero_on_average_and_the_shift_changes_no_compariso
     loss are those of the last step before it."""
     run(chain, tmp_path, epochs=3, dtype="float32")
     assert len(dtypes) == 15 and set(dtypes) == {"float32"}  # every step
-    network, tokenizer, _ = sft.load_network("reward", str(tmp_path / "reward.pt"), CPU)
+    network, tokenizer = load(tmp_path, "reward", "reward")
     datasets = data.load(str(chain), "tiny", 1)
     pairs = data.encode_pairs(tokenizer, datasets["demonstrations"], 64)
     scores = [network(torch.tensor([prompt + response]))[0, -1].item() for prompt, response in pairs]
@@ -218,7 +214,7 @@ def test_every_comparison_fits_and_has_different_responses(chain, tmp_path, caps
     overwritten."""
     flags = dict(data="", k_min=3, k_max=4, max_new_tokens=6, encoding="gpt2")
     run(chain, tmp_path, **flags)
-    printed, tokenizer = capsys.readouterr().out, tokenizer_of(chain)
+    printed, tokenizer = capsys.readouterr().out, load(chain, "sft")[1]
     assert "prompts: longer than 58 tokens" in printed and "--encoding=gpt2 is not used" in printed
     rows, valid = (data.read_jsonl(f"{tmp_path}/{name}.jsonl") for name in ("comparisons", "comparisons_valid"))
     for row in rows + valid:
