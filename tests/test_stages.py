@@ -3,12 +3,7 @@ and what bad input gets."""
 
 import contextlib
 import functools
-import json
-import shutil
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -18,7 +13,7 @@ import eval
 import ppo
 import reward
 import sft
-from conftest import ROOT, TINY, fails, python, rows_of, same
+from conftest import TINY, fails, python, rows_of, same
 
 NAMES = ("base", "sft", "ppo_init", "reward", "ppo")
 STAGES = dict(sft=sft, reward=reward, ppo=ppo, eval=eval)
@@ -37,13 +32,8 @@ def test_one_command_trains_what_is_missing_and_ends_in_the_table(made):
         rows = rows_of(out / f"{name}.jsonl")
         assert [row["step"] for row in rows] == sorted({row["step"] for row in rows})
         assert name in ("reward", "ppo") or rows[-1]["valid_loss"] < rows[0]["valid_loss"] - 0.1  # it learns
-    table = json.loads((out / "table.json").read_text())["table"]
-    models = {(row["model"], row["T"]) for row in table}
-    assert all(torch.load(out / f"{name}.pt")["finished"] for name in NAMES)
-    assert models == {("GPT", 1), ("GPT prompted", 1), ("demonstrator", 1)} | {
-        (name, T) for name in ("SFT", "PPO init", "PPO-ptx") for T in (0, 1)
-    }
-    assert "numbers above mean nothing" in printed
+        assert torch.load(out / f"{name}.pt")["finished"]
+    assert (out / "table.json").exists() and "numbers above mean nothing" in printed
 
 
 def test_ppo_log_has_every_number_and_its_first_ratio_is_one(made):
@@ -65,24 +55,7 @@ def test_gold_takes_the_place_of_the_reward_model(made, tmp_path):
     assert golden[0]["gold"] == normal[0]["gold"]  # the same policy, prompts and luck
 
 
-def test_from_and_fresh(chain, tmp_path):
-    """What --out lacks is taken from --from; what is finished is left alone; --fresh makes ppo.pt anew, and
-    leaves earlier stages alone."""
-    flags = (*SMALL["ppo"], f"--data={chain}", f"--out={tmp_path}", f"--from={chain}")
-    times = lambda folder: {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
-    earlier = times(chain)
-    ppo.main(configure("ppo", *flags))
-    assert list(times(tmp_path)) == ["ppo.pt"]
-    shutil.copy(chain / "reward.pt", tmp_path)
-    before = times(tmp_path)
-    ppo.main(configure("ppo", *flags))
-    assert times(tmp_path) == before
-    ppo.main(configure("ppo", *flags, "--fresh", "--beta=0.7"))
-    after = times(tmp_path)
-    assert [name for name in after if after[name] != before[name]] == ["ppo.pt"] and times(chain) == earlier
-
-
-def test_shared_flags_reach_every_stage(tmp_path, monkeypatch):
+def test_shared_flags_reach_every_stage_but_none_that_from_has_is_made_again(chain, tmp_path, monkeypatch):
     """The other flags of an earlier stage are at the defaults of its own scale, --log_every and --fresh too."""
     seen = {}
     for name, module in STAGES.items():
@@ -92,38 +65,12 @@ def test_shared_flags_reach_every_stage(tmp_path, monkeypatch):
     ppo.main(configure("ppo", *flags, "--log_every=3", "--fresh"))
     own = dict(sft=(), reward=(), ppo=("--log_every=3", "--fresh"), eval=("--log_every=3", "--fresh"))
     assert seen == {name: configure(name, *flags, *own[name]) for name in STAGES}
+    seen.clear()
+    ppo.main(configure("ppo", *flags, f"--from={chain}", "--fresh"))
+    assert list(seen) == ["ppo", "eval"]
 
 
 # -- stopping and going on -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stage, marker, how, makes", [
-    ("sft", "base.pt", signal.SIGINT, ("base", "sft", "ppo_init")),
-    ("reward", "comparisons.jsonl", signal.SIGKILL, ("comparisons", "reward")),
-    ("ppo", "ppo.pt", signal.SIGKILL, ("ppo",)),
-])
-def test_stopped_and_started_again_gives_the_same_bits(made, tmp_path, stage, marker, how, makes):
-    """Ctrl-C or kill -9 at some moment of the stage, as soon as `marker` is there and a moment has passed;
-    what it makes equals that of the run that was never stopped."""
-    for name in NAMES[: dict(sft=0, reward=3, ppo=4)[stage]]:
-        shutil.copy(made[0] / f"{name}.pt", tmp_path)
-    command, pipe = (f"{stage}.py", *TINY, f"--out={tmp_path}", "--save_seconds=0"), subprocess.PIPE
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / marker).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(0.15)
-    process.send_signal(how)
-    message, done = process.communicate()[1], python(*command)
-    assert process.returncode != 0 and done.returncode == 0, done.stderr
-    for name in makes:
-        checkpoints = [torch.load(folder / f"{name}.pt", weights_only=True) for folder in (tmp_path, made[0])]
-        assert checkpoints[0]["finished"] and same(*checkpoints)
-        logs = [[row["step"] for row in rows_of(folder / f"{name}.jsonl")] for folder in (tmp_path, made[0])]
-        assert same(*logs)
-    if how == signal.SIGINT:
-        assert "the same command goes on" in message and message.count("\n") == 1
-        assert "going on from step" in done.stdout
 
 
 class Killed(BaseException):

@@ -21,10 +21,10 @@ def torchrun(*command):
 
 
 def computed():
-    """Greedy responses to ragged prompts; and one backward of each kind of loss on a batch of ragged rows,
-    fewer unmasked tokens in some, then what an optimizer step is given -> {name: tensors}. `rows`: 7, so
-    that no share is like another; and 1, which leaves a second process without any."""
-    found, config = {}, ppo.Config()
+    """Greedy responses to ragged prompts; and for one batch of ragged rows, fewer unmasked tokens in some,
+    what the optimizers are given: by both updates of PPO, beside pretraining text, and by eq. 1 -> {name:
+    tensors}. `rows`: 7, so that no share is like another; and 1, which leaves a second process without any."""
+    found, config = {}, ppo.Config(temperature=0.7, ptx_coef=1.0, grad_clip=1e9)
     for rows in (7, 1):
         prompts = [[1 + i] * (1 + i % 3) for i in range(rows)]
         shared = model.generate_shared(tiny_gpt(std=0.2), prompts, 6, 0.0, 3, None)
@@ -33,31 +33,26 @@ def computed():
         prompts, ends = torch.randint(1, 5, (rows,)), torch.randint(7, 15, (rows,))
         tokens = torch.randint(1, 11, (rows, 14))
         mask = model.response_mask(prompts, ends, 14)
-        old = torch.randn(mask.shape) * mask
-        minibatch = dict(mask=mask, logprobs=old - 2, advantages=ppo.whiten(torch.randn(mask.shape), mask))
+        old, advantages = torch.randn(mask.shape) * mask, ppo.whiten(torch.randn(mask.shape), mask)
+        batch = dict(tokens=tokens, mask=mask, logprobs=old - 2, advantages=advantages)
+        batch |= dict(values=old, returns=old + 1)
 
-        def policy_loss(gpt):
-            new = model.by_length(model.masked_logprobs, gpt, tokens, mask, 0.7)
-            return ppo.objective(new, minibatch, config)[0]
-
-        def value_loss(scalar):
-            values = model.by_length(model.masked_values, scalar, tokens, mask)
-            return ppo.value_loss(values, old, old + 1, mask, 0.2)
-
-        def ranking_loss(scalar):
+        def rank(scalar, optimizer):
             scores = reward.score(scalar, tokens, ends).view(1, -1)
-            return reward.ranking_loss(scores, torch.arange(1, rows + 1).view(1, -1))
+            reward.ranking_loss(scores, torch.arange(1, rows + 1).view(1, -1)).backward()
+            sft.optimizer_step(scalar, [optimizer], 1.0, 1e9)
 
-        for name, make, loss in (
-            ("lm", tiny_gpt, lambda gpt: sft.lm_loss(gpt, tokens, mask)), ("policy", tiny_gpt, policy_loss),
-            ("value", tiny_scalar, value_loss), ("ranking", tiny_scalar, ranking_loss),
+        text = tokens, mask
+        policy = lambda gpt, optimizer: ppo.update_policy(gpt, gpt, optimizer, batch, text, 1.0, config)
+        value = lambda scalar, optimizer: ppo.update_value(scalar, optimizer, batch, 1.0, config)
+        for name, make, update in (
+            ("policy", tiny_gpt, policy), ("value", tiny_scalar, value), ("ranking", tiny_scalar, rank),
         ):
-            network = make(std=0.1)
-            loss(network).backward()
-            optimizer, given = torch.optim.SGD(network.parameters(), lr=0.0), []
+            network, given = make(std=0.1), []
+            optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
             take = lambda *_: given.extend(p.grad.clone() for p in network.parameters())
             optimizer.register_step_pre_hook(take)
-            sft.optimizer_step(network, [optimizer], 1.0, 1e9)
+            update(network, optimizer)
             found[f"{name} {rows}"] = given
     return found
 
@@ -84,8 +79,9 @@ def test_a_run_of_two_that_was_killed_goes_on_and_the_first_alone_writes(tmp_pat
     assert "base.pt: going on from step" in again.stdout
     for name in ("base", "sft", "ppo_init"):
         assert same(*(weights_of(tmp_path / folder / f"{name}.pt") for folder in ("killed", "whole"))), name
-    steps = [row["step"] for row in rows_of(tmp_path / "whole" / "base.jsonl")]
-    assert steps == [0, 1, 2, 3, 4] and unbroken.stdout.count("wrote") == 3  # by the first alone
+    for folder in ("killed", "whole"):
+        assert [row["step"] for row in rows_of(tmp_path / folder / "base.jsonl")] == [0, 1, 2, 3, 4]
+    assert unbroken.stdout.count("wrote") == 3  # by the first alone
     done = torchrun("ppo.py", *TINY, "--episodes=64", whole)  # what they sampled apart they learn together
     assert done.returncode == 0, done.stderr
     assert [round(row["first_ratio"], 3) for row in rows_of(tmp_path / "whole" / "ppo.jsonl")] == [1, 1]
