@@ -4,7 +4,7 @@ INSTRUCTGPT_TEST_DATA.
 
 A figure of the paper is a mean over a benchmark, ours over the 60 contexts at hand: the two differ by our
 standard error, which the jackknife tells. Hence two tolerances, the same for every metric:
-    each figure      3.6 standard errors: of 180 normal errors none is larger in 19 of 20 cases
+    each figure      3.6 standard errors: of 72 normal errors none is larger in 97 of 100 cases
     their mean       3 standard errors of the mean over models and ways of prompting, which share contexts
 A wrong definition that moves all figures by less is not seen here; single texts are below.
 """
@@ -30,7 +30,9 @@ real = pytest.mark.skipif(
     reason="INSTRUCTGPT_TEST_DATA is unset or lacks eval/instructgpt_samples: no samples of the paper's models",
 )
 MODELS = [f"{kind}-{size}" for kind in ("gpt", "sft", "ppo-noptx", "ppo-ptx") for size in ("xl", "6b", "175b")]
-PAPER = {  # Table 14, in the order of MODELS; the second key is the file's name of the prompt
+# Table 14, in the order of MODELS; the second key is the file's name of the prompt. Not summarisation, of which the
+# table has one row for two tasks and the samples of one were not published: what ROUGE-L is, rouge-score says below
+PAPER = {
     "squadv2": dict(
         zeroshot="51.97 58.66 64.30 36.88 46.53 57.67 45.37 47.42 43.68 45.46 47.23 59.85",
         fewshot="58.86 62.33 69.75 46.62 53.91 65.90 48.11 52.34 51.95 58.33 63.78 69.93",
@@ -43,24 +45,6 @@ PAPER = {  # Table 14, in the order of MODELS; the second key is the file's name
         zeroshot="30.65 34.99 38.92 25.56 33.25 36.90 19.85 25.22 24.16 25.77 30.41 34.28",
         fewshot="31.37 35.49 39.93 24.73 31.76 35.07 21.65 29.96 26.58 27.67 33.56 36.76",
     ),
-    "tldr": {None: ".182 .197 .196 .198 .235 .225 .218 .231 .227 .214 .231 .220"},
-    "real_toxicity": {
-        "basic prompt": ".228 .229 .231 .198 .211 .211 .213 .214 .228 .228 .227 .234",
-        "respectful prompt": ".211 .232 .233 .196 .196 .199 .198 .176 .205 .179 .204 .196",
-        "biased prompt": ".250 .261 .285 .236 .250 .256 .254 .382 .427 .263 .512 .400",
-    },
-    # the rows "instruction" and "QA + instruction" of the table are those of the other prompt in the file: as
-    # the file names them, 12 of these 48 figures are 4 to 11 standard errors off; exchanged, none is 3.6
-    "truthful_qa true": {
-        "QA prompt": ".312 .220 .284 .324 .436 .515 .546 .586 .755 .297 .476 .712",
-        "QA + instruction": ".340 .414 .570 .360 .756 .665 .634 .928 .879 .355 .733 .815",
-        "instruction prompt": ".335 .348 .438 .517 .659 .852 .807 .760 .944 .322 .494 .610",
-    },
-    "truthful_qa both": {
-        "QA prompt": ".193 .186 .251 .267 .253 .271 .524 .574 .752 .285 .464 .689",
-        "QA + instruction": ".212 .212 .226 .282 .213 .257 .559 .187 .382 .339 .350 .494",
-        "instruction prompt": ".218 .267 .242 .288 .319 .206 .789 .704 .588 .242 .399 .315",
-    },
 }
 # DROP: of the 60 published contexts 18 have a number for an answer, of the benchmark's 9,536 about 62 in 100 (as
 # others report), and the models are right on few numbers. So the two kinds are weighed as there; unweighed all 24
@@ -70,7 +54,7 @@ NUMBERS = 0.62
 
 @functools.cache
 def rows_of(name):
-    [path] = Path(FOLDER).glob(name.split()[0] + "*")
+    [path] = Path(FOLDER).glob(f"{name}*")
     csv.field_size_limit(10**9)
     with open(path, encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
@@ -87,15 +71,10 @@ def weighted_f1(rows):
     return (1 - NUMBERS) * statistics.mean(parts[0]) + NUMBERS * statistics.mean(parts[1])
 
 
-mean = lambda number: lambda rows: statistics.mean(map(number, rows))
 METRICS = {  # the samples of one model to one kind of prompt -> its figure
-    "squadv2": mean(best_f1),
+    "squadv2": lambda rows: statistics.mean(map(best_f1, rows)),
     "drop": weighted_f1,
     "fr_to_en": lambda rows: 100 * findings.bleu(*([row[key] for row in rows] for key in ("sample", "ref_text"))),
-    "tldr": mean(lambda row: findings.rouge_l(row["sample"], row["ref_text"])),
-    "real_toxicity": mean(lambda row: float(row["toxicity"])),  # Perspective's score
-    "truthful_qa true": mean(lambda row: float(row["true"]) > 0.5),  # two judges' probabilities
-    "truthful_qa both": mean(lambda row: float(row["true"]) > 0.5 and float(row["info"]) > 0.5),
 }
 
 
@@ -109,12 +88,12 @@ def compare(name):
     errors, gaps = [], []  # gaps: of each figure, without one context after the other, at last with all
     print(f"\n{name}: prompt, model, ours, the paper's, their difference in standard errors")
     for key, theirs in paper.items():
-        rows = [row for row in rows_of(name) if (row.get("prompt_type"), row["model_type"]) == key]
+        rows = [row for row in rows_of(name) if (row["prompt_type"], row["model_type"]) == key]
         assert len(rows) == 60
         *without, ours = (METRICS[name]([row for row in rows if row is not but]) for but in [*rows, None])
         errors.append((ours - theirs) / error_of(without))
         gaps.append([figure - theirs for figure in (*without, ours)])
-        print(f"  {key[0] or '':18} {key[1]:15} {ours:8.3f} {theirs:8.3f} {errors[-1]:6.1f}")
+        print(f"  {key[0]:10} {key[1]:15} {ours:8.3f} {theirs:8.3f} {errors[-1]:6.1f}")
     *without, gap = map(statistics.mean, zip(*gaps))
     print(f"  mean difference {gap:.3f} ± {error_of(without):.3f}")
     return errors, gap / error_of(without)
@@ -123,16 +102,10 @@ def compare(name):
 @real
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_samples_give_the_papers_figures(name, monkeypatch):
-    """All but that of tldr: the table prints one row for both summarisation tasks, and ours is far below it for all
-    models, so it is the row of CNN/DM, whose samples were not published, or another ROUGE than the usual F-measure.
-    What ROUGE-L is, rouge-score says below."""
-    for slow in ("f1", "mteval_words", "rouge_l"):
+    for slow in ("f1", "mteval_words"):
         monkeypatch.setattr(findings, slow, functools.cache(getattr(findings, slow)))
     errors, of_mean = compare(name)
-    if name == "tldr":
-        assert max(errors) < -2 and of_mean < -5
-    else:
-        assert max(map(abs, errors)) < 3.6 and abs(of_mean) < 3
+    assert max(map(abs, errors)) < 3.6 and abs(of_mean) < 3
 
 
 def texts():
@@ -165,9 +138,11 @@ def test_rouge_l_is_that_of_rouge_score():
 
 
 @pytest.mark.parametrize("said, right, expected", [  # by hand, as SQuAD's own script normalises
+    # L28: 3 words (articles left out) against 2, 2 shared: 2 * 2 / (3 + 2)
+    ("in the North Sea", "North Sea", 0.8),
+    ("tom tom", "tom.", 2 / 3),  # the second tom has no partner: 2 * 1 / (2 + 1)
     ("$49,570", "49570", 1.0),  # signs go, without a space in their place
     ("Thirty-three", "thirty three", 0.0),
-    ("56-yard", "56|56-yard".split("|")[1], 1.0),
     ("Not in background.", "not in the background", 1.0),
     ("1912", "In 1912", 2 / 3),  # a number is one word, not four digits
     ("Bürgi", "burgi", 0.0), ("naïve café", "Naïve Café!", 1.0),  # letters of any language
@@ -176,6 +151,24 @@ def test_rouge_l_is_that_of_rouge_score():
 ])
 def test_f1_is_squads(said, right, expected):
     assert findings.f1(said, right) == findings.f1(right, said) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("measure, said, right, expected", [
+    # 5/6 words (the second "the" has no partner), 3/5 pairs, 2/4, 1/3: (1/12)^(1/4)
+    ("bleu", "the cat sat on the mat", "the cat sat on a mat", (1 / 12) ** 0.25),
+    # clipping: the second a is no hit, 4/5, 3/4, 2/3, 1/2; and no prize for length
+    ("bleu", "a b c d a", "a b c d", 0.2 ** 0.25),
+    # brevity penalty: every word is right, but 4 of 5 are there: exp(1 - 5/4)
+    ("bleu", "a b c d", "a b c d e", math.exp(-0.25)),
+    ("bleu", "a b c", "a b c", 0.0), ("bleu", "", "a b c d", 0.0),  # no four words in a row
+    # two answers together: 4 + 3 of 8 words, 3 + 1 of 6 pairs, 2 of 4, 1 of 2; each alone has 1 and 0
+    ("bleu", ["a b c d", "a x c d"], ["a b c d", "a b c d"], (7 / 8 * 4 / 6 * 2 / 4 * 1 / 2) ** 0.25),
+    # 6 and 7 words, signs are none, and "tom a fox in alba" stands in both in this order: 2 * 5 / (6 + 7)
+    ("rouge_l", "Tom saw a fox in alba.", "tom found a red fox in alba", 10 / 13),
+    ("rouge_l", "a b", "b a", 0.5),
+])
+def test_bleu_and_rouge_l_by_hand(measure, said, right, expected):
+    assert getattr(findings, measure)(said, right) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("text, words", [  # by hand, from WMT's mteval-v13a
