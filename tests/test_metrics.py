@@ -165,7 +165,7 @@ def test_f1_is_squads(said, right, expected):
     ("bleu", ["a b c d", "a x c d"], ["a b c d", "a b c d"], (7 / 8 * 4 / 6 * 2 / 4 * 1 / 2) ** 0.25),
     # 6 and 7 words, signs are none, and "tom a fox in alba" stands in both in this order: 2 * 5 / (6 + 7)
     ("rouge_l", "Tom saw a fox in alba.", "tom found a red fox in alba", 10 / 13),
-    ("rouge_l", "a b", "b a", 0.5),
+    ("rouge_l", "a b", "b a", 0.5), ("rouge_l", "a", "a a", 2 / 3),  # a word stands for one
 ])
 def test_bleu_and_rouge_l_by_hand(measure, said, right, expected):
     assert getattr(findings, measure)(said, right) == pytest.approx(expected, abs=1e-12)
