@@ -158,23 +158,13 @@ def test_the_logprob_of_an_action_that_never_happens_is_finite():
     assert all(p.grad.isfinite().all() for p in gpt.parameters())
 
 
-def test_bfloat16_rounds_activations_but_neither_scores_nor_the_type_of_a_result():
-    """bfloat16 has 8 bits: a number is rounded by up to 0.4%, and some ten such errors add up. What the head
-    of a reward model reads is rounded, what it says is not."""
-    results = []
-    for rounded in (False, True):
-        gpt = tiny_gpt(std=0.1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
-            found = model.masked_logprobs(gpt, TOKENS, MASK)
-        (found * torch.linspace(-1, 1, 10).view(2, 5)).sum().backward()
-        results.append([found.detach(), *(p.grad for p in gpt.parameters())])
-    for exact, rounded in zip(*results):
-        assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
-        assert (rounded - exact).norm() < 0.03 * exact.norm()
+def test_bfloat16_rounds_what_the_head_of_a_reward_model_reads_but_not_what_it_says():
+    """bfloat16 has 8 bits: a number is rounded by up to 0.4%, and some ten such errors add up."""
     scalar = tiny_scalar()
     with torch.autocast("cpu", torch.bfloat16):
         scores = scalar(TOKENS)
     assert scores.dtype == torch.float32 and not torch.equal(scores, scores.bfloat16().float())
+    assert not torch.equal(scores, scalar(TOKENS))
     close(scores, scalar(TOKENS), 0.1)
 
 

