@@ -121,11 +121,8 @@ def fails(call, *arguments, **flags):
 class Trap:
     """Unpickled, it would make a folder."""
 
-    def __init__(self, folder):
-        self.folder = folder
-
     def __reduce__(self):
-        return os.mkdir, (self.folder,)
+        return os.mkdir, ("trapped",)
 
 
 def pickled(content):

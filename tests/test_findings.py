@@ -8,7 +8,7 @@ import random
 import re
 import shutil
 import sys
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,11 +84,11 @@ def test_what_a_text_invents_and_states(world):
 
 
 def bench(world, category, **more):
-    """What benchmark() needs of a Chain, in a world of one NLP task."""
+    """A Chain with only what benchmark() needs, in a world of one NLP task."""
     blocks = [block for block in data.read_blocks("benchmarks.txt") if block["category"] == category]
     more |= dict(blocks=lambda *metrics: blocks, policies=dict(it=None), tokenizer=None, device=None)
-    chain = SimpleNamespace(world=world, items=6, **more)
-    chain.distinct = MethodType(Chain.distinct, chain)
+    chain = Chain.__new__(Chain)
+    vars(chain).update(world=world, items=6, **more)
     return chain
 
 
@@ -97,7 +97,7 @@ def bench(world, category, **more):
 def test_a_choice_goes_to_the_average_per_token(world, monkeypatch, totals, counts, accuracy):
     choose = lambda policy, tokenizer, prompts, *_: [torch.tensor([x] * len(prompts)) for x in (totals, counts)]
     monkeypatch.setattr(eval, "choice_logprobs", choose)
-    assert Chain.benchmark(bench(world, "entailment"), "it", 0) == {"entailment": [accuracy] * 6}
+    assert bench(world, "entailment").benchmark("it", 0) == {"entailment": [accuracy] * 6}
 
 
 def test_a_few_shot_prompt_is_examples_with_answers_and_a_reply_ends_at_the_new_line(world):
@@ -108,7 +108,7 @@ def test_a_few_shot_prompt_is_examples_with_answers_and_a_reply_ends_at_the_new_
         names = [re.findall(rf"(\w+) has a {thing}\.", prompt)[-1] for thing, prompt in zip(owned, prompts)]
         return [(f" {name}.\npassage: anna", []) for name in names]  # the second line would cost it words
 
-    assert Chain.benchmark(bench(world, "reading", respond=respond), "it", 2) == {"reading": [1.0] * 6}
+    assert bench(world, "reading", respond=respond).benchmark("it", 2) == {"reading": [1.0] * 6}
 
 
 def test_no_user_ever_sends_a_held_out_instruction_or_a_benchmark(world):

@@ -360,7 +360,7 @@ def replaced(old, new):
     ("model.safetensors", lambda raw: None, "pytorch_model.bin"),
     ("model.safetensors", replaced(b"h.1.mlp.c_fc.bias", b"h.1.mlp.c_fc.bios"),
      "'h.1.mlp.c_fc.bias' is missing: is this a GPT-2 checkpoint"),
-    ("pytorch_model.bin", lambda raw: pickled(dict(trap=Trap("trapped"))), "cannot be used"),  # nor run
+    ("pytorch_model.bin", lambda raw: pickled(dict(trap=Trap())), "cannot be used"),  # nor run
     ("config.json", lambda raw: None, "config.json"),
     ("config.json", lambda raw: b"{", "cannot be used"),
     ("config.json", replaced(b"n_positions", b"n_ctx"), "'n_positions' is missing"),
