@@ -30,8 +30,8 @@ real = pytest.mark.skipif(
     reason="INSTRUCTGPT_TEST_DATA is unset or lacks eval/instructgpt_samples: no samples of the paper's models",
 )
 MODELS = [f"{kind}-{size}" for kind in ("gpt", "sft", "ppo-noptx", "ppo-ptx") for size in ("xl", "6b", "175b")]
-# Table 14, in the order of MODELS; the second key is the file's name of the prompt. Not summarisation, of which the
-# table has one row for two tasks and the samples of one were not published: what ROUGE-L is, rouge-score says below
+# Table 14, in the order of MODELS; the second key is the file's name of the prompt. Not summarisation: the table
+# has one row for two tasks, and the samples of one were not published; what ROUGE-L is, rouge-score says below
 PAPER = {
     "squadv2": dict(
         zeroshot="51.97 58.66 64.30 36.88 46.53 57.67 45.37 47.42 43.68 45.46 47.23 59.85",

@@ -250,8 +250,8 @@ def gradient(loss, network):
 
 @pytest.mark.parametrize("temperature, filler", [(1.0, 0), (0.7, 7)])
 def test_rollout_and_values_by_full_forwards_of_each_row_alone(monkeypatch, temperature, filler):
-    """J5: the mask holds the response with its eot. J1, J4, J13: the score is read at the last token of prompt
-    and response, and what stands behind does not matter. J9, J12: log-probabilities of policy and reference
+    """J5: the mask holds the response with its eot. J1, J4, J13: the score is read at the last token of
+    prompt and response, and what stands behind does not matter. J9, J12: log-probabilities of policy and reference
     are those of the distribution that was sampled. values[:, t] has read tokens[:, :t + 1] and not the action
     tokens[:, t + 1]. J26: all of it is constant for the update."""
     policy, ref, reward_model, value_model = tiny_gpt(1), tiny_gpt(2), tiny_scalar(3), tiny_scalar(4)

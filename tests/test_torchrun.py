@@ -23,7 +23,7 @@ def torchrun(*command):
 def computed():
     """Greedy responses to ragged prompts; and for one batch of ragged rows, fewer unmasked tokens in some,
     what the optimizers are given: by both updates of PPO, beside pretraining text, and by eq. 1 -> {name:
-    tensors}. `rows`: 7, so that no share is like another; and 1, which leaves a second process without any."""
+    tensors}. `rows`: 7, so that no share is like another; and 1, which leaves a second process none."""
     found, config = {}, ppo.Config(temperature=0.7, ptx_coef=1.0, grad_clip=1e9)
     for rows in (7, 1):
         prompts = [[1 + i] * (1 + i % 3) for i in range(rows)]
