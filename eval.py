@@ -207,7 +207,7 @@ class Models:
                 self.policies[name] = model.GPT.from_pretrained(config.base).to(self.device).eval()
             else:
                 self.policies[name], self.tokenizer, _ = sft.load_network("policy", path, self.device)
-                encodings.append(self.tokenizer.state())
+                encodings.append(self.tokenizer)
         differ = f"{', '.join(paths.values())} have different encodings: take models of one run"
         check(encodings.count(encodings[0]) == len(encodings), differ)
         self.ref = self.policies["PPO init"]
@@ -504,7 +504,7 @@ def side_by_side(config, lines):
     check(policies, f"{config.out} holds no finished model: run python ppo.py --out={config.out} first")
     tokenizer, *others = (tokenizer for _, tokenizer in loaded.values())
     differ = f"the models in {config.out} have different encodings: train them again in one --out"
-    check(all(other.state() == tokenizer.state() for other in others), differ)
+    check(all(other == tokenizer for other in others), differ)
     score = lambda policy, *given: scores(reward.model_judge(loaded["reward"][0]), *given)[0]
     kl = lambda policy, *given: mean_kl(policy, policies["ppo_init"], *given)
     measures = {}

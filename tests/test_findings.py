@@ -111,6 +111,12 @@ def test_a_few_shot_prompt_is_examples_with_answers_and_a_reply_ends_at_the_new_
     assert bench(world, "reading", respond=respond).benchmark("it", 2) == {"reading": [1.0] * 6}
 
 
+def test_no_question_of_a_benchmark_is_asked_twice(world):
+    chain = bench(world, "sentiment")  # it has some 190 questions
+    prompts = [item["prompt"] for item in chain.distinct(chain.blocks(), 100, random.Random(1))]
+    assert len(prompts) == len(set(prompts)) == 100
+
+
 def test_no_user_ever_sends_a_held_out_instruction_or_a_benchmark(world):
     """Compared with every name, animal, ... taken as one, so that no lucky draw hides a shared pattern. But
     the truth probes "user" and "chat" are questions as users put them: those have been trained on."""
