@@ -1,4 +1,4 @@
-"""People in the loop: labeling by hand in a pipe, agreement, the way round, and the recipes of the README as
+"""People in the loop: labeling by hand in a pipe, agreement, and the recipes of the README as
 they are printed."""
 
 import io
