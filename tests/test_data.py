@@ -215,6 +215,17 @@ def test_a_series_shows_two_to_four_different_examples_of_one_task(world):
     assert len(set.union(*kinds)) == 6 and sum(len(set(page)) == len(page) for page in pages) > 290
 
 
+@pytest.mark.parametrize("page", ["{rollcall}", "{name} {did} a {animal} in {town}.\\n{claim} {claim} {claim}"])
+def test_every_answer_to_a_roll_call_or_a_claim_is_right(world, page):
+    rng = random.Random(0)
+    for _ in range(300):
+        text, calls = world.expand(page, {}, rng).split("\n")
+        calls = re.sub(r"claim: \w+ \w+ a (\w+)\.", r"\1", calls)  # and who did what is the same in all
+        for word, answer in re.findall(r"(\w+) (\w+)\.", calls):
+            is_owner = f"{answer} has a {word}." in text
+            assert is_owner or (word in data.words_of(text)) == {"yes": 1, "right": 1, "no": 0, "wrong": 0}[answer]
+
+
 def test_the_world_is_the_same_for_the_same_seed_and_another_for_another(world, datasets):
     """Also in another process, where strings have other hashes, and its labelers too."""
     assert data.world_data(world, "tiny", 1) == datasets

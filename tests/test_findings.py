@@ -101,7 +101,7 @@ def test_a_choice_goes_to_the_average_per_token(world, monkeypatch, totals, coun
 
 
 def test_a_few_shot_prompt_is_examples_with_answers_and_a_reply_ends_at_the_new_line(world):
-    example = r"passage: (?:\w+ has a \w+\. ){2}question: who has the (\w+)\? answer:"
+    example = r"passage: (?:\w+ has a \w+\. ){2}who has it\? (\w+)"
 
     def respond(name, prompts, temperature):
         owned = [re.fullmatch(rf"(?:{example} \w+\.\n){{2}}{example}", prompt)[2] for prompt in prompts]
