@@ -76,7 +76,9 @@ class Config(Common):
 
 
 SCALES = dict(
-    tiny=dict(vocab_size=512, n_layer=2, n_embd=32, base_steps=60, sft_epochs=4, ppo_init_epochs=4),
+    tiny=dict(
+        vocab_size=512, n_layer=2, n_embd=32, base_steps=60, sft_epochs=4, sft_lr=1e-3, ppo_init_epochs=4,
+    ),
     cpu=dict(),
     gpu=dict(
         n_layer=6, n_head=6, n_embd=384, base_steps=12_000, base_tokens=16_000, base_lr=1e-3,
