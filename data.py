@@ -269,8 +269,12 @@ def content(name):
     return lines
 
 
-def world_checksum():
-    """A number that changes with what the main job learns from, but not with comments."""
+def checksum(folder):
+    """A number that changes with the texts of --data; of the world with what the main job learns from, but
+    not with comments."""
+    if folder:
+        files = [Path(folder, name + end) for name in DATASETS for end in ("", ".gz")]
+        return zlib.crc32(b"".join(file.read_bytes() for file in files if file.exists()))
     learnt = sorted(set(FORMS) - {"heldout.txt", "benchmarks.txt"})
     return zlib.crc32("\n".join(sum(map(content, learnt), [])).encode())
 
@@ -1115,7 +1119,7 @@ def import_text(row):
     """A document, or an object whose text is one."""
     row = {"text": row} if isinstance(row, str) else row
     check_row(row, "text")
-    yield "pretrain.txt", dict(text=row["text"].strip("\n"))
+    yield "pretrain.txt", dict(text=row["text"])
 
 
 FORMATS = {
@@ -1132,6 +1136,8 @@ def import_rows(format, paths):
         for place, row in read_rows(path):
             try:  # all of a row, or nothing
                 items = list(importer(row))
+                if not items:
+                    raise ValueError("nothing in it")
                 for name, item in items:
                     check_row(item, *DATASETS.get(name, ()))
                 for name, item in items:
@@ -1151,6 +1157,8 @@ def import_rows(format, paths):
     texts = dict.fromkeys(row["prompt"] + join(row["prompt"], row["response"]) for row in good)
     files["prompts.jsonl"] = files["prompts.jsonl"] or different_prompts(good)
     files["pretrain.txt"] = files["pretrain.txt"] or [dict(text=text) for text in texts]
+    for row in files["pretrain.txt"]:  # as it will be read
+        row["text"] = row["text"].replace("\r\n", "\n").strip("\n")
     return {name: rows for name, rows in files.items() if rows}, unused
 
 
@@ -1165,7 +1173,7 @@ def import_files(format, paths, out):
         new = [row for row in rows if json.dumps(row) not in known]
         report.append(f"{path}: {len(old) + len(new)} rows, {len(new)} of them new")
         if name == "pretrain.txt":
-            texts[path] = f"\n{EOT}\n".join(row["text"] for row in old + new) + "\n"
+            texts[path] = "".join(f"{row['text']}\n{EOT}\n" for row in old + new)
         else:
             texts[path] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in old + new)
     for path, text in texts.items():

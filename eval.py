@@ -206,8 +206,11 @@ class Models:
             if name == "GPT" and config.base and not config.base.endswith(".pt"):
                 self.policies[name] = model.GPT.from_pretrained(config.base).to(self.device).eval()
             else:
-                self.policies[name], self.tokenizer, _ = sft.load_network("policy", path, self.device)
+                self.policies[name], self.tokenizer, made = sft.load_network("policy", path, self.device)
                 encodings.append(self.tokenizer)
+        for flag in ("data", "seed", "max_new_tokens"):  # of the last
+            if (was := made["settings"].get(flag)) not in (None, getattr(config, flag)):
+                print(f"warning: {path} was made with --{flag}={was}")
         differ = f"{', '.join(paths.values())} have different encodings: take models of one run"
         check(encodings.count(encodings[0]) == len(encodings), differ)
         self.ref = self.policies["PPO init"]

@@ -6,10 +6,10 @@ has the same body with the unembedding replaced by a projection to one number pe
 model reads it at the last response token, the value model reads it at every token.
 
 The alignment rule, for every file of this project: `logits[:, t]` predicts `tokens[:, t + 1]`.
-`token_logprobs` does that shift, once; its column t belongs to the action `tokens[:, t + 1]`, and
-values, kl, rewards, advantages, returns and `mask` share its index (B, T-1). Rows are right-padded:
-under causal attention a real token never sees the padding behind it, so nothing here needs an
-attention mask but the cache of `generate`, whose rows begin at different lengths.
+`token_logprobs` is that shift; its column t belongs to the action `tokens[:, t + 1]`, and what training
+uses (`masked_logprobs`), values, kl, rewards, advantages, returns and `mask` share its index (B, T-1).
+Rows are right-padded: under causal attention a real token never sees the padding behind it, so nothing
+here needs an attention mask but the cache of `generate`, whose rows begin at different lengths.
 
 Shapes: B sequences, T tokens in the padded row, C channels, nh heads, hs head size, V vocabulary,
 P longest prompt, R longest response, S slots of the cache, N unmasked tokens.
@@ -337,8 +337,8 @@ def by_length(function, network, tokens, mask, *arguments):
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
-    """log pi(tokens[:, t+1] | tokens[:, :t+1]): logits (B, T, V), tokens (B, T) -> (B, T-1), nats. The one
-    shift of this project: column t belongs to the action tokens[:, t + 1]."""
+    """log pi(tokens[:, t+1] | tokens[:, :t+1]): logits (B, T, V), tokens (B, T) -> (B, T-1), nats: column t
+    belongs to the action tokens[:, t + 1]. To read and to test by; masked_logprobs is what is trained."""
     logprobs = F.log_softmax(logits[:, :-1].float() / temperature, dim=-1)  # (B, T-1, V)
     return logprobs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
 

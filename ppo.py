@@ -344,13 +344,12 @@ def minibatches(batch, documents, config, rng):
 def train(config):
     """Make ppo.pt in config.out from finished earlier checkpoints, or go on with it."""
     check_config(config)
-    run = Run("ppo", "policy", config)
+    # 1. four networks: the judge stands for the reward model
+    datasets, device = data.load(config.data, config.scale, config.seed), sft.get_device(config.device)
+    policy, ref, value_model, judge, tokenizer, rows = load_networks(config, datasets, device)
+    run = Run("ppo", "policy", config, weights_of_the_start=sft.checksum(policy, ref, value_model))
     if run.finished:
         return
-
-    # 1. four networks: the judge stands for the reward model
-    datasets = data.load(config.data, config.scale, config.seed)
-    policy, ref, value_model, judge, tokenizer, rows = load_networks(config, datasets, run.device)
     documents, _ = sft.documents_of(config, datasets, tokenizer, policy)
     gold = None if config.data else reward.gold_judge(tokenizer, rows)
     ema = copy.deepcopy(policy)

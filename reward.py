@@ -22,6 +22,7 @@ Differs from the paper in:
 """
 
 import json
+import math
 import os
 import random
 import runpy
@@ -30,7 +31,6 @@ import sys
 import textwrap
 import time
 import traceback
-import zlib
 from dataclasses import dataclass
 
 import torch
@@ -159,6 +159,8 @@ def text_judge(function, tokenizer):
         texts = [data.response_text(tokenizer, row[:start], row[start:end]) for row, start, end in rows]
         scores = [float(x) for x in function(prompts, texts)]
         check(len(scores) == len(texts), f"reward gave {len(scores)} numbers for {len(texts)} responses")
+        bad = [text for text, score in zip(texts, scores) if not math.isfinite(score)]
+        check(not bad, f"reward gave nan or inf for {bad[:1]}")
         return torch.tensor(scores, device=tokens.device)
 
     return judge
@@ -254,9 +256,8 @@ def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
     """Sample K responses to each task from the mixture {source: weight}; one labeler ranks them -> rows
     of prompt, responses, ranks, labeler, user, category, and per response its source, rating and sampled
     ids (a text encoded again may fall into other tokens); they are the log of a run, out/NAME.jsonl."""
-    models = [policies[source].state_dict() for source in mixture if source in policies]
-    weights = b"".join(w.cpu().numpy().tobytes() for weights in models for w in weights.values())
-    others = dict(mixture=str(mixture), weights_of_the_sources=zlib.crc32(weights))  # make other rows
+    sources = sft.checksum(*(policies[source] for source in mixture if source in policies))
+    others = dict(mixture=str(mixture), weights_of_the_sources=sources)  # make other rows
     run = Run(name, "comparisons", config, ("epochs", "batch", "lr", "grad_clip"), **others)
     if run.finished:
         return data.read_jsonl(run.log_path)
@@ -395,8 +396,7 @@ def label(config):
     path, device = os.path.join(config.out, f"{name}.jsonl"), sft.get_device(config.device)
     for other in (f"{path}.gz", f"{config.out}/{name}.pt"):  # --data reads it instead; of a run
         check(not os.path.exists(other), f"{other} is there: choose another --out for what people write")
-    for file in (sys.stdin, sys.stdout):
-        file.reconfigure(errors="replace")  # bytes that are no text
+    sys.stdin.reconfigure(errors="replace")  # bytes that are no text
     # 1. prompts, and who responds: in the world as in training, elsewhere the model alone
     given = config.prompts or config.data and os.path.join(config.data, "prompts.jsonl")
     of_world = lambda: data.load("", config.scale, config.seed)["comparison_prompts"]
@@ -410,9 +410,9 @@ def label(config):
         tasks = data.encode_prompts(tokenizer, tasks, policy.config.block_size - config.max_new_tokens)
     # 2. go on behind the last row
     is_mine = lambda row: row.get("labeler") == config.labeler
-    rows = data.read_jsonl(path, "prompt") if os.path.exists(path) else []
+    so_far = lambda: data.read_jsonl(path, "prompt") if os.path.exists(path) else []
     places = {task["prompt"]: i for i, task in enumerate(tasks)}
-    place = max((places.get(row["prompt"], -1) + 1 for row in filter(is_mine, rows)), default=0)
+    place = max((places.get(row["prompt"], -1) + 1 for row in filter(is_mine, so_far())), default=0)
     print(f"{path}: {len(tasks) - place} prompts are left; s skips, u takes the last row back, q ends")
     answer = ""
     while answer != "q" and place < len(tasks):
@@ -427,6 +427,7 @@ def label(config):
         to_rank = row.get("responses", True)  # without two different ones there is nothing
         answer = ask(f"[{place + 1} of {len(tasks)}] ", row, config.fields) if to_rank else "s"
         # 4. keep the row, or take one back; the file is written anew: a kill leaves the old or the new
+        rows = so_far()  # another labeler may write there, too
         if answer == "u" and any(map(is_mine, rows[-1:])):
             place = places.get(rows.pop()["prompt"], place)
         elif isinstance(answer, dict):

@@ -143,6 +143,8 @@ def main(config):
     check(config.pretrain_share < 1, f"--pretrain_share={config.pretrain_share}: expected less than 1")
     heads = f"--n_head={config.n_head} does not divide --n_embd={config.n_embd}: change one of them"
     check(config.n_embd % config.n_head == 0, heads)
+    room = f"--max_new_tokens={config.max_new_tokens} leaves no room for a prompt in --block_size"
+    check(config.base or config.max_new_tokens < config.block_size, f"{room}={config.block_size}")
     datasets = data.load(config.data, config.scale, config.seed)
 
     # 1. the base model: GPT-2, a checkpoint of ours, or pretrained here
@@ -200,7 +202,7 @@ def fine_tune(name, config, base, tokenizer, datasets):
     else:
         epochs, lr, share = config.ppo_init_epochs, config.ppo_init_lr, config.pretrain_share
         kept_epochs, others = {}, ("sft_epochs", "sft_lr")
-    run = Run(name, "policy", config, ignore=others)
+    run = Run(name, "policy", config, ignore=others, weights_of_base=checksum(base))
     if run.finished:
         return
     gpt = GPT(replace(base.config, dropout=config.sft_dropout))
@@ -227,6 +229,7 @@ def documents_of(config, datasets, tokenizer, gpt):
     """-> the pretraining documents as pairs of ids, and batches of 16k tokens of those held out, the
     same for every stage and the last table, so that the pretraining losses of all models compare."""
     length = min(config.document_length, gpt.config.block_size)
+    check(length > 1, f"--document_length={length}: expected 2 or more, a token and what follows it")
     encode = lambda part: data.encode_documents(tokenizer, tuple(datasets[part]), length)
     documents, valid = encode("pretrain"), encode("pretrain_valid")
     totals = np.cumsum([1 + len(rest) for _, rest in valid])
@@ -288,6 +291,7 @@ BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "n
 KINDS = {  # type of a flag -> what reads its text, its range, both in words
     str: (str, lambda v: True, "text"),
     bool: (lambda text: BOOLEANS[text.lower()], lambda v: True, "true or false"),
+    int: (int, lambda v: True, "a whole number"),
     float: (float, math.isfinite, "a number"),
     Count: (int, lambda v: v >= 1, "a whole number, at least 1"),
     Seed: (int, lambda v: v >= 0, "a whole number, not below 0"),
@@ -381,10 +385,16 @@ def autocast(device, dtype=""):
 
 
 def settings_of(config, ignore=()):
-    """What bears on a result: the flags, but what begins with a word of `ignore`, and the world."""
+    """What bears on a result: the flags, but what begins with a word of `ignore`, and the texts."""
     ignore = ("out", "from_", "fresh", "device", "log_every", "save_seconds", *ignore)
     flags = {name: v for name, v in asdict(config).items() if not name.startswith(ignore)}
-    return flags if config.data else dict(flags, world=data.world_checksum())
+    return dict(flags, texts=data.checksum(config.data))
+
+
+def checksum(*networks):
+    """A number that changes with the weights of these networks."""
+    weights = (w for network in networks for w in network.state_dict().values())
+    return zlib.crc32(b"".join(w.cpu().numpy().tobytes() for w in weights))
 
 
 class Run:
@@ -407,8 +417,9 @@ class Run:
         if os.path.exists(self.path) and not config.fresh:
             self.state = load_checkpoint(kind, self.path)
             # a flag that the checkpoint does not know was at its default
-            then = {**{field.name: field.default for field in fields(config)}, **self.state["settings"]}
-            differ = [f"--{k}={then.get(k)} there, {now[k]} now" for k in now if then.get(k) != now[k]]
+            defaults = {field.name: field.default for field in fields(config)}
+            then = {**now, **defaults, **self.state["settings"]}
+            differ = [f"--{k}={then[k]} there, {now[k]} now" for k in now if then[k] != now[k]]
             flags = f"{self.path} was made with other flags ({', '.join(differ)})"
             check(not differ, f"{flags}: choose another --out, or --fresh")
             if self.state["code"] != code:
@@ -434,7 +445,12 @@ class Run:
         if is_first():
             with open(self.log_path, "a+b") as file:
                 file.seek(0)
-                file.truncate(sum(len(row) for row in file if is_kept(row)))
+                rows = file.readlines()
+                is_log = all(b'{"step": '.startswith(row[:9]) for row in rows)
+                check(is_log, f"{self.log_path} is not the log of a run: choose another --out")
+                if self.config.fresh and os.path.exists(self.path):  # it speaks of rows that go now
+                    os.remove(self.path)
+                file.truncate(sum(len(row) for row in rows if is_kept(row)))
 
     def __iter__(self):
         self.due, self.interrupted = time.monotonic() + self.config.save_seconds, False
@@ -451,7 +467,7 @@ class Run:
                 if self.interrupted or time.monotonic() > self.due:
                     self.save()
                 saved = f"stopped after step {self.step}, saved in {self.path}"
-                check(not self.interrupted, f"{saved}: the same command goes on from there")
+                check(not self.interrupted, f"{saved}: the same command goes on, without --fresh")
         finally:
             signal.signal(signal.SIGINT, previous)
 
@@ -532,13 +548,15 @@ def load_network(kind, path, device, epoch=None):
 
 
 def is_finished(kind, path):
-    """Is there a finished checkpoint at path? Prints a warning if the world's text has changed since.
+    """Is there a finished checkpoint at path? Prints a warning if its texts have changed since.
     Raises SystemExit if the file is damaged or holds another kind."""
     if not os.path.exists(path):
         return False
     checkpoint = load_checkpoint(kind, path)
-    if checkpoint["settings"].get("world", data.world_checksum()) != data.world_checksum():
-        print(f"warning: {path} was made from another text of assets/world: delete it to make it anew")
+    settings, folder = checkpoint["settings"], checkpoint["settings"].get("data")
+    if settings.get("texts", now := data.checksum(folder)) != now:
+        texts = f"another text of {folder or 'assets/world'}"
+        print(f"warning: {path} was made from {texts}: delete it to make it anew")
     return checkpoint["finished"]
 
 
@@ -556,6 +574,8 @@ def peak_memory_gb():
 def start(main, Config, scales):
     """What stands under `if __name__ == "__main__"` of every stage: errors of the user in one line. As one
     of the processes of torchrun it joins the others first, and leaves talking to the first."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in every editor
+        sys.stdout.reconfigure(errors="replace")  # a pipe's encoding may lack what a model writes
     if dist.is_torchelastic_launched():
         dist.init_process_group()
     first = is_first()

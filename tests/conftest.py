@@ -207,7 +207,8 @@ def chain(tmp_path_factory):
 def made(tmp_path_factory):
     """The folder of one whole tiny run, made by `python ppo.py --scale=tiny`, and what it printed."""
     out = tmp_path_factory.mktemp("made") / "out"
-    done = python("ppo.py", *TINY, f"--out={out}")
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}  # as narrow as a pipe may be
+    done = python("ppo.py", *TINY, f"--out={out}", env=ascii_only)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
     return out, done.stdout
 

@@ -307,18 +307,29 @@ def test_compared_windows_are_those_of_demonstrations_ranked_by_their_stars(tmp_
 
 def test_importing_again_adds_and_never_repeats(tmp_path, capsys):
     out, one = tmp_path / "out", write(tmp_path / "1.jsonl", [PAIR, {"x": 1}])
-    two = write(tmp_path / "2.jsonl", [{"instruction": "i", "output": "o"}])
+    two = write(tmp_path / "2.jsonl", [{"instruction": "i", "output": "o"}, {"instruction": "j", "instances": []}])
     write(out / "comparisons.jsonl.gz", [CHOICE])  # a packed file is added to
     import_main(["import", "pairs", one, f"--out={out}"])
     printed = capsys.readouterr().out
     assert f"{one}:2: " in printed and f"{out}/comparisons.jsonl.gz: 2 rows, 1 of them new" in printed
     import_main(["import", "alpaca", two, f"--out={out}"])
+    assert f"{two}:2: unusable row (nothing in it)" in capsys.readouterr().out
     assert set(os.listdir(out)) == {"comparisons.jsonl.gz", *data.DATASETS} - {"comparisons.jsonl"}
     folder = read_folder(str(out))
     assert [row["prompt"] for row in folder["prompts"]] == ["p", "i"]
     assert folder["pretrain"] == ["p\na", "i\no"]
     import_main(["import", "pairs", one, f"--out={out}"])
     assert "2 rows, 0 of them new" in capsys.readouterr().out and read_folder(str(out)) == folder
+
+
+@pytest.mark.parametrize("format, row", [
+    ("pairs", {"prompt": "\n\nHuman: hi\n\nAssistant:", "chosen": " yes", "rejected": " no"}),
+    ("text", {"text": "one\r\ntwo"}), ("text", {"text": "a long text\n" * 300}),
+])
+def test_pretraining_text_is_read_as_it_was_written(tmp_path, capsys, format, row):
+    for _ in range(2):
+        import_main(["import", format, write(tmp_path / "1.jsonl", [row]), f"--out={tmp_path / 'out'}"])
+    assert "pretrain.txt: 1 rows, 0 of them new" in capsys.readouterr().out
 
 
 def test_a_failed_import_changes_nothing(tmp_path):

@@ -154,12 +154,16 @@ def test_the_numbers_of_the_table_are_those_of_the_responses(made, world):
     assert all(row["SFT T=1"] == row[f"{best} T=1"] for row in responses)  # the epoch of the higher score
 
 
-def test_a_policy_and_a_reference_are_taken_by_path_if_their_encoding_is_that_of_the_others(made, tmp_path):
+def test_a_policy_and_a_reference_are_taken_by_path_if_their_encoding_is_that_of_the_others(made, tmp_path, capsys):
+    """What differs from the flags it was made with is told."""
     out, table, _, _ = made
     for name in ("base", "sft", "ppo_init", "reward"):
         shutil.copy(out / f"{name}.pt", tmp_path)
-    elsewhere, other = str(out / "ppo.pt"), data.Tokenizer.train(["another text, another text"], 260)
+    of_ppo, elsewhere = torch.load(out / "ppo.pt"), str(tmp_path / "mine.pt")
+    torch.save(dict(of_ppo, settings=dict(data="", seed=2)), elsewhere)
+    other = data.Tokenizer.train(["another text, another text"], 260)
     given, _, _ = table_of(tmp_path, ppo=elsewhere, ref=elsewhere)
+    assert "mine.pt was made with --seed=2" in capsys.readouterr().out
     assert given["PPO-ptx", 1]["kl"] == 0 and given["PPO init", 1]["kl"] > 0.1
     assert given["PPO-ptx", 1]["score"] == table["PPO-ptx", 1]["score"] != table["PPO init", 1]["score"]
     save_tiny(tmp_path / "ppo.pt", "policy", tiny_gpt(vocab_size=other.n_vocab, block_size=128), other)

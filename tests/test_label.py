@@ -156,6 +156,15 @@ def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path):
     assert sorted(row["responses"]) == sorted(first[0]["responses"])
 
 
+def test_two_labelers_may_write_into_one_file(wide, tmp_path, monkeypatch):
+    path, ask, theirs = tmp_path / "comparisons.jsonl", reward.ask, dict(prompt=PROMPTS[0], labeler="eve")
+    meanwhile = lambda *question: (path.exists() or write(path, [theirs])) and ask(*question)
+    monkeypatch.setattr(reward, "ask", meanwhile)
+    flags = flags_of(wide, tmp_path, f"--prompts={wide}/prompts.jsonl", "--k_max=4")
+    labeled("d > c > b > a\n", monkeypatch, *flags)
+    assert [row["labeler"] for row in rows_of(path)] == ["eve", "me"]
+
+
 def test_slips_skips_and_fields(wide, tmp_path, monkeypatch, capsys):
     """Each slip gets one line and the question again; an unfinished row is not written, whatever ends it."""
     flags = flags_of(wide, tmp_path, f"--prompts={wide}/prompts.jsonl", "--fields", "--k_max=4")

@@ -160,6 +160,8 @@ def test_a_function_of_your_own_judges_prompts_and_responses_as_texts(chain, tmp
     assert scores_of(chain, str(path), rows, ["cat", " red", "a dog"]) == [803, 804, 605]
     path.write_text("reward = lambda *_: [1]")
     assert "1 numbers for 3" in fails(scores_of, chain, str(path), rows, ["cat", " red", "a dog"])
+    path.write_text("reward = lambda prompts, texts: [float('nan'), 2, 3]")
+    assert "nan or inf for ['cat']" in fails(scores_of, chain, str(path), rows, ["cat", " red", "a dog"])
 
 
 def test_the_gold_judge_gives_the_gold_preference_of_each_task(chain):

@@ -173,6 +173,7 @@ class Config(data.Common):
     lr: data.Rate = 1e-3
     ptx_coef: data.Amount = 0.5
     shuffle: bool = False
+    shift: int = 0
 
 
 def begin(out, steps=3, **flags):
@@ -188,7 +189,7 @@ def refused(out, **flags):
     before = [path.read_bytes() for path in sorted(out.iterdir())]
     message = fails(lambda: begin(out, **flags))
     assert before == [path.read_bytes() for path in sorted(out.iterdir())]
-    assert "choose another --out, or --fresh" in message
+    assert "choose another --out" in message
     return message
 
 
@@ -246,7 +247,9 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, capsys):
     assert [row["loss"] for row in rows_of(path)] == [1.12345, 2.12345]
     assert re.findall("loss +([0-9.]+)", capsys.readouterr().out) == ["3.123"]
     begin(tmp_path, fresh=True)
-    assert path.read_text() == ""
+    assert path.read_text() == "" and not (tmp_path / "x.pt").exists()  # a kill leaves no half of the old run
+    path.write_text('{"step": 1}\n{"prompt": "mine"}\n')  # what people wrote
+    assert "x.jsonl is not the log of a run" in refused(tmp_path)
 
 
 def test_other_flags_are_named_and_nothing_is_overwritten(tmp_path):
@@ -271,7 +274,7 @@ def test_a_checkpoint_of_other_code_is_one_line_of_warning(tmp_path, capsys):
     assert "--batch=8 there, 16 now" in refused(tmp_path, batch=16)
 
 
-def test_another_text_of_the_world_is_refused(tmp_path, edit, capsys):
+def test_another_text_of_the_world_or_a_folder_is_refused(tmp_path, edit, capsys):
     """And who takes such a checkpoint for an earlier stage is warned. A comment does not matter."""
     out = tmp_path / "out"
     begin(out, data="").finish()
@@ -279,8 +282,11 @@ def test_another_text_of_the_world_is_refused(tmp_path, edit, capsys):
     assert begin(out, data="").finished and sft.is_finished("policy", f"{out}/x.pt")
     assert "another text" not in capsys.readouterr().out
     edit("pages.txt", "#", "0.1 | a new page.\n#")
-    assert "--world=" in refused(out, data="") and sft.is_finished("policy", f"{out}/x.pt")
+    assert "--texts=" in refused(out, data="") and sft.is_finished("policy", f"{out}/x.pt")
     assert "another text" in capsys.readouterr().out
+    begin(tmp_path / "of-data", data=str(tmp_path)).finish()
+    write(tmp_path / "prompts.jsonl.gz", [dict(prompt="one more")])
+    assert "--texts=" in refused(tmp_path / "of-data", data=str(tmp_path))
 
 
 def test_where_an_earlier_stage_is_found(tmp_path):
@@ -348,7 +354,7 @@ def test_a_damaged_or_foreign_file_ends_in_one_line_is_left_alone_and_runs_no_co
 @pytest.mark.parametrize("argv, expected", [  # by the type of a field; dashes are underscores; a switch
     (["--lr=3e-4", "--batch=16", "--shuffle=yes"], dict(lr=3e-4, batch=16, shuffle=True)),
     (["--out=a=b", "--from=c", "--data="], dict(out="a=b", from_="c", data="")),
-    (["--shuffle", "--ptx-coef=2"], dict(shuffle=True, ptx_coef=2.0)),
+    (["--shuffle", "--ptx-coef=2", "--shift=-3"], dict(shuffle=True, ptx_coef=2.0, shift=-3)),
     (["--scale=tiny", "--lr=5"], dict(data.COMMON_SCALES["tiny"], scale="tiny", batch=2, lr=5.0)),
 ])
 def test_flags_become_a_config(argv, expected):

@@ -3,6 +3,7 @@ and what bad input gets."""
 
 import contextlib
 import functools
+import shutil
 import sys
 
 import pytest
@@ -170,10 +171,23 @@ def refused(stage, *flags):
     ("eval", "--reward=gold --data=.", "--reward=gold needs the miniature world"),
     ("ppo", "--ppo_init=no/such.pt", "no/such.pt not found: correct --ppo_init"),
     ("ppo", "--sft=folder", "--sft=folder: expected the path of a .pt file"),  # it would be left unread
+    ("sft", "--max_new_tokens=256", "--max_new_tokens=256 leaves no room for a prompt in --block_size=256"),
+    ("sft", "--document_length=1", "--document_length=1: expected 2 or more"),
     ("ppo", "--from=no/such", "--from=no/such: expected a folder that is there"),
 ])
 def test_bad_flags(tmp_path, stage, flags, says):
     assert says in refused(stage, f"--out={tmp_path}", *flags.split()) and not list(tmp_path.glob("*.pt"))
+
+
+def test_a_model_of_another_start_is_not_taken_for_this_one(made, tmp_path):
+    """The flags are the same, but base.pt was trained anew, or what PPO starts from."""
+    for name, start in (("sft", "base"), ("ppo", "ppo_init")):
+        shutil.copy(made[0] / f"{name}.pt", tmp_path)
+        checkpoint = torch.load(made[0] / f"{start}.pt")
+        checkpoint["weights"]["transformer.ln_f.bias"] += 0.01
+        torch.save(checkpoint, tmp_path / f"{start}.pt")
+        said = refused(name, f"--out={tmp_path}", f"--from={made[0]}")
+        assert f"{name}.pt was made with other flags (--weights_of_" in said
 
 
 def test_models_of_two_encodings(made, tmp_path):
