@@ -320,7 +320,8 @@ def load_networks(config, datasets, device):
     ref, of_ref, _ = sft.load_network("policy", config.ref or path, device)
     check(of_ref == tokenizer, f"{config.ref} has another encoding than the policy")
     limit = policy.config.block_size - config.max_new_tokens  # prompts that leave room for a response
-    rows = data.encode_prompts(tokenizer, datasets["prompts"], limit)
+    encode = lambda part: data.encode_prompts(tokenizer, datasets[part], limit)
+    rows, *_ = map(encode, ("prompts", "valid", "test"))  # what the last table lacks is told before training
     judge, reward_model = reward.load_judge(config, tokenizer, rows, device)
     torch.manual_seed(config.seed)  # of a head that no reward model lends
     value_model = copy.deepcopy(reward_model) if reward_model else ScalarGPT.from_gpt(policy)

@@ -179,6 +179,13 @@ def test_bad_flags(tmp_path, stage, flags, says):
     assert says in refused(stage, f"--out={tmp_path}", *flags.split()) and not list(tmp_path.glob("*.pt"))
 
 
+def test_test_prompts_that_are_all_too_long_are_told_before_ppo_trains(chain, tmp_path, monkeypatch):
+    datasets = data.load(str(chain), "tiny", 1)
+    monkeypatch.setattr(data, "load", lambda *_: dict(datasets, test=[dict(prompt="cat " * 99)]))
+    flags = (f"--data={chain}", f"--out={tmp_path}", f"--from={chain}", *SMALL["ppo"])
+    assert "all 1 prompts exceed 58 tokens" in fails(lambda: ppo.train(configure("ppo", *flags)))
+
+
 def test_a_model_of_another_start_is_not_taken_for_this_one(made, tmp_path):
     """The flags are the same, but base.pt was trained anew, or what PPO starts from."""
     for name, start in (("sft", "base"), ("ppo", "ppo_init")):
