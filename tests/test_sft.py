@@ -189,7 +189,7 @@ def refused(out, **flags):
     before = [path.read_bytes() for path in sorted(out.iterdir())]
     message = fails(lambda: begin(out, **flags))
     assert before == [path.read_bytes() for path in sorted(out.iterdir())]
-    assert "choose another --out" in message
+    assert "choose another --out, or --fresh" in message
     return message
 
 
@@ -249,7 +249,7 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path, capsys):
     begin(tmp_path, fresh=True)
     assert path.read_text() == "" and not (tmp_path / "x.pt").exists()  # a kill leaves no half of the old run
     path.write_text('{"step": 1}\n{"prompt": "mine"}\n')  # what people wrote
-    assert "x.jsonl is not the log of a run" in refused(tmp_path)
+    assert "x.jsonl is not the log of a run" in fails(lambda: begin(tmp_path)) and "mine" in path.read_text()
 
 
 def test_other_flags_are_named_and_nothing_is_overwritten(tmp_path):
