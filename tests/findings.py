@@ -1,9 +1,8 @@
 """
 The paper's findings in miniature: fifteen claims of InstructGPT, measured on the models of a run.
 
-    python tests/findings.py                   all fifteen on three seeds; trains what is missing, goes on
-                                               where it was stopped; out/report.md and figures; on one busy
-                                               core more than an hour a seed, after its main job
+    python tests/findings.py                   all fifteen on one seed; trains what is missing, goes on
+                                               where it was stopped; out/report.md and figures
     python tests/findings.py --finding=2,12    only these
     python tests/findings.py --quick           one seed, without those that train many models: 4 minutes
                                                behind its main job and PPO without ptx, on one core (one
@@ -50,7 +49,7 @@ class Config:
     scale: str = "cpu"
     out: str = "out"  # the checkpoints, and the report
     seed: Seed = 1
-    seeds: Count = 3  # how many: --seed in --out, the next in --out/seed-N
+    seeds: Count = 1  # how many: --seed in --out, the next in --out/seed-N
     device: str = ""
     finding: str = ""  # 4 or 2,12 ...: only these
     quick: bool = False  # one seed, and none of LONG
@@ -75,8 +74,7 @@ class Chain(eval.Models):
 
     def __init__(self, config, seed):
         out = os.path.normpath(config.out)  # runs remember the paths they were given
-        self.seed, self.is_first = seed, seed == config.seed
-        self.out = out if self.is_first else os.path.join(out, f"seed-{seed}")
+        self.seed, self.out = seed, out if seed == config.seed else os.path.join(out, f"seed-{seed}")
         self.shared = dict(scale=config.scale, seed=seed, device=config.device, from_=self.out)
         self.items, self.few, self.sizes, self.small = SCALES[config.scale].values()
         # each refuses what was made with other flags: no other seed's test prompts are new to its models
@@ -249,8 +247,8 @@ class Chain(eval.Models):
     def truthfulness(self):
         """4. PPO-ptx is more truthful and informative: questions on each misconception, as a page has them
         and as users put them, greedy, first line; both: says nothing false and answers. New facts: of which
-        neither demonstrations nor comparisons nor prompts of a second training spoke (first seed; of
-        SFT the last epoch). Means over a fact's questions (sec. 4.2). Paper: 175B, QA prompt, both: GPT
+        neither demonstrations nor comparisons nor prompts of a second training spoke (of SFT the last
+        epoch). Means over a fact's questions (sec. 4.2). Paper: 175B, QA prompt, both: GPT
         0.251, SFT 0.271, PPO-ptx 0.689."""
         myths = [fact for fact in self.world.facts if fact["myth"]]
         new, about = myths[::2], lambda fact: (fact["subject"], fact["relation"])
@@ -260,10 +258,9 @@ class Chain(eval.Models):
             true = all(claim[2] for claim in said)
             return {"true": true, "both": true and any(c[:2] == about(item["fact"]) for c in said)}
 
-        rng, items, found, groups = random.Random(0), [], {}, [(myths, NAMES, "{}")]
-        if self.is_first:
-            self.policies["SFT, untold"], self.policies["PPO-ptx, untold"] = self.without(new)
-            groups += [(new, ("GPT", "SFT, untold", "PPO-ptx, untold"), "{}, new facts")]
+        rng, items, found, untold = random.Random(0), [], {}, ("GPT", "SFT, untold", "PPO-ptx, untold")
+        self.policies.update(zip(untold[1:], self.without(new)))
+        groups = [(myths, NAMES, "{}"), (new, untold, "{}, new facts")]
         for block in self.blocks("truth"):
             items += self.distinct([block], 200, rng)  # at least one on every fact
         for facts, names, label in groups:
@@ -273,8 +270,7 @@ class Chain(eval.Models):
                 mean_of = lambda *of: statistics.mean(of_fact(*of))
                 found[name] = {key: [mean_of(row[key], fact) for fact in facts] for key in row}
         claims = order(found, "both", "GPT", "PPO-ptx") | order(found, "both", "SFT", "PPO-ptx")
-        if self.is_first:
-            claims |= order(found, "both", "SFT, untold, new facts", "PPO-ptx, untold, new facts")
+        claims |= order(found, "both", "SFT, untold, new facts", "PPO-ptx, untold, new facts")
         return found, "both", claims
 
     def hallucination(self):
