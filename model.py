@@ -172,63 +172,7 @@ class GPT(nn.Module):
         pytorch_model.bin, both read without executing code), or by name through transformers, if that
         is installed. Raises SystemExit, in one line, for whatever is not a GPT-2 checkpoint.
         """
-        try:
-            raw, weights = _read(name_or_folder)
-            for key, value in GPT2.items():
-                if raw.get(key, value) != value:
-                    raise ValueError(f"{key} is {raw[key]!r}, this GPT needs {value!r}")
-            sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-            gpt = cls(GPTConfig(*(raw[size] for size in sizes)))
-            weights = {key.removeprefix("transformer."): weight for key, weight in weights.items()}
-            with torch.no_grad():
-                for key, ours in gpt.transformer.named_parameters():
-                    # GPT-2's Conv1D keeps its matrices (in, out); nn.Linear keeps (out, in)
-                    is_conv = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-                    theirs = weights[key].t() if is_conv else weights[key]
-                    if theirs.shape != ours.shape:
-                        raise ValueError(f"{key} is {[*theirs.shape]}, config.json says {[*ours.shape]}")
-                    ours.copy_(theirs)
-        except KeyError as why:
-            raise SystemExit(f"{name_or_folder}: {why} is missing: is this a GPT-2 checkpoint?")
-        except Exception as why:  # a damaged file, no network, another model: they fail in many ways
-            reason = str(why).partition("\n")[0]
-            raise SystemExit(f"{name_or_folder} cannot be used as GPT-2 weights: {reason}")
-        return gpt
-
-
-GPT2 = dict(  # what other models of the same layout do differently
-    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
-    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-)
-
-
-def _read(name_or_folder):
-    """-> config.json as a dict, {name: weight}."""
-    if not os.path.isdir(name_or_folder):
-        try:
-            from transformers import GPT2LMHeadModel  # optional: only to download weights by name
-        except ImportError:
-            raise ValueError("no such folder; fetching it by name needs: pip install transformers")
-        theirs = GPT2LMHeadModel.from_pretrained(name_or_folder)
-        return theirs.config.to_dict(), theirs.state_dict()
-    with open(os.path.join(name_or_folder, "config.json")) as file:
-        raw = json.load(file)
-    path = os.path.join(name_or_folder, "model.safetensors")
-    if not os.path.exists(path):
-        path = os.path.join(name_or_folder, "pytorch_model.bin")
-        return raw, torch.load(path, map_location="cpu", weights_only=True)
-    # safetensors: 8 bytes with the header's length, a JSON header, then the raw tensors
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        content = bytearray(file.read())
-    weights = {}
-    for name, entry in header.items():
-        if entry.get("dtype") in dtypes:  # neither __metadata__ nor the causal masks of GPT-2
-            begin, end = entry["data_offsets"]
-            weight = torch.frombuffer(content[begin:end], dtype=dtypes[entry["dtype"]])
-            weights[name] = weight.view(entry["shape"])
-    return raw, weights
+        return load_gpt2(cls, name_or_folder)
 
 
 class ScalarGPT(nn.Module):
@@ -292,16 +236,6 @@ def microbatches(lengths):
             pieces.append([])
         pieces[-1].append(row)
     return pieces
-
-
-def rank_and_size():
-    """Which process this is, and of how many: 0 and 1, but under torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def is_first():
-    """Is this the process that writes and prints? Under torchrun the others do not."""
-    return rank_and_size()[0] == 0
 
 
 def by_length(function, network, tokens, mask, *arguments):
@@ -456,6 +390,82 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
             cache.advance(longest + step)
             logits = gpt.lm_head(gpt.hidden(new[:, None], cache)[:, -1])
     return tokens[:, : int(lengths.max())], lengths
+
+
+# ==================================================================================================
+# The bar: below it, GPT-2's files, and what several processes need.
+# ==================================================================================================
+
+
+GPT2 = dict(  # what other models of the same layout do differently
+    model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5,
+    scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+)
+
+
+def load_gpt2(cls, name_or_folder):
+    """GPT.from_pretrained."""
+    try:
+        raw, weights = _read(name_or_folder)
+        for key, value in GPT2.items():
+            if raw.get(key, value) != value:
+                raise ValueError(f"{key} is {raw[key]!r}, this GPT needs {value!r}")
+        sizes = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+        gpt = cls(GPTConfig(*(raw[size] for size in sizes)))
+        weights = {key.removeprefix("transformer."): weight for key, weight in weights.items()}
+        with torch.no_grad():
+            for key, ours in gpt.transformer.named_parameters():
+                # GPT-2's Conv1D keeps its matrices (in, out); nn.Linear keeps (out, in)
+                is_conv = key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+                theirs = weights[key].t() if is_conv else weights[key]
+                if theirs.shape != ours.shape:
+                    raise ValueError(f"{key} is {[*theirs.shape]}, config.json says {[*ours.shape]}")
+                ours.copy_(theirs)
+    except KeyError as why:
+        raise SystemExit(f"{name_or_folder}: {why} is missing: is this a GPT-2 checkpoint?")
+    except Exception as why:  # a damaged file, no network, another model: they fail in many ways
+        reason = str(why).partition("\n")[0]
+        raise SystemExit(f"{name_or_folder} cannot be used as GPT-2 weights: {reason}")
+    return gpt
+
+
+def _read(name_or_folder):
+    """-> config.json as a dict, {name: weight}."""
+    if not os.path.isdir(name_or_folder):
+        try:
+            from transformers import GPT2LMHeadModel  # optional: only to download weights by name
+        except ImportError:
+            raise ValueError("no such folder; fetching it by name needs: pip install transformers")
+        theirs = GPT2LMHeadModel.from_pretrained(name_or_folder)
+        return theirs.config.to_dict(), theirs.state_dict()
+    with open(os.path.join(name_or_folder, "config.json")) as file:
+        raw = json.load(file)
+    path = os.path.join(name_or_folder, "model.safetensors")
+    if not os.path.exists(path):
+        path = os.path.join(name_or_folder, "pytorch_model.bin")
+        return raw, torch.load(path, map_location="cpu", weights_only=True)
+    # safetensors: 8 bytes with the header's length, a JSON header, then the raw tensors
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        content = bytearray(file.read())
+    weights = {}
+    for name, entry in header.items():
+        if entry.get("dtype") in dtypes:  # neither __metadata__ nor the causal masks of GPT-2
+            begin, end = entry["data_offsets"]
+            weight = torch.frombuffer(content[begin:end], dtype=dtypes[entry["dtype"]])
+            weights[name] = weight.view(entry["shape"])
+    return raw, weights
+
+
+def rank_and_size():
+    """Which process this is, and of how many: 0 and 1, but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first():
+    """Is this the process that writes and prints? Under torchrun the others do not."""
+    return rank_and_size()[0] == 0
 
 
 def generate_shared(gpt, prompts, *arguments):

@@ -156,21 +156,6 @@ def value_loss(new_values, values, returns, mask, cliprange_value):
     return 0.5 * masked_mean(torch.maximum((new_values - returns) ** 2, (clipped - returns) ** 2), mask)
 
 
-def kl_estimates(logprobs, ref_logprobs, mask):
-    """KL(policy || ref) in nats per response, from the policy's own actions (Schulman, "Approximating
-    KL divergence"): logprobs, ref_logprobs, mask (B, T-1) -> k1 (B,), k3 (B,). With r = ref / policy of
-    a token they sum -log r and (r - 1) - log r. Both are unbiased; k3 is never negative."""
-    log_r = (ref_logprobs - logprobs) * mask
-    return -log_r.sum(1), (log_r.exp() - 1 - log_r).sum(1)
-
-
-def explained_variance(values, returns, mask):
-    """1 - var(returns - values) / var(returns) over unmasked tokens: 1 is perfect, 0 no better than a
-    constant. values, returns, mask (B, T-1) -> float."""
-    error, spread = (returns - values)[mask], returns[mask]
-    return float(1 - error.var(correction=0) / spread.var(correction=0).clamp(min=1e-8))
-
-
 def warmup(iteration, iterations):
     """Factor of the learning rate: 0.1 at iteration 0, linear to 1 (App. C.4)."""
     return min(1.0, 0.1 + 0.9 * iteration / iterations)
@@ -276,36 +261,16 @@ def update_value(value_model, optimizer, minibatch, factor, config):
     return dict(value_loss=loss)
 
 
-def measure(batch, stats, iteration, config):
-    """The numbers of one iteration, for the log: means over its minibatches of what the updates
-    returned, beside those of the rollout. README says what each looks like in a good run."""
-    mask = batch["mask"]
-    k1, k3 = kl_estimates(batch["logprobs"], batch["ref_logprobs"], mask)
-    stats = [{name: x.item() for name, x in numbers.items()} for numbers in stats]
-    return dict(
-        episodes=iteration * config.rollout_size,
-        score=float(batch["scores"].mean()),  # before the penalty for a missing eot
-        **({"gold": float(batch["golds"].mean())} if "golds" in batch else {}),  # in the world only
-        kl=float(k1.mean()),  # nats per response
-        kl3=float(k3.mean()),
-        entropy=float(-masked_mean(batch["logprobs"], mask)),  # nats per token: mean -log pi
-        length=float(mask.sum(1).float().mean()),  # tokens
-        eot_rate=float(batch["ended"].float().mean()),
-        # of the first minibatch: 1, or log-probabilities differ between rollout and update
-        first_ratio=stats[0]["max_ratio"],
-        explained_variance=explained_variance(batch["values"], batch["returns"], mask),
-        **{name: sum(s[name] for s in stats) / len(stats) for name in stats[0] if name != "max_ratio"},
-    )
-
-
-def print_samples(tokenizer, batch, count=2):
-    """The first responses of a rollout in full, with score and kl: chosen by index, not by taste."""
-    for i in range(min(count, len(batch["tokens"]))):
-        start, end = int(batch["prompt_lengths"][i]), int(batch["lengths"][i])
-        ids = batch["tokens"][i].tolist()
-        kl = float((batch["logprobs"][i] - batch["ref_logprobs"][i]).sum())
-        texts = f"{tokenizer.decode(ids[:start])!r} -> {tokenizer.decode(ids[start:end])!r}"
-        print(f"    score {float(batch['scores'][i]):.2f}  kl {kl:.2f}  {texts}")
+def minibatches(batch, documents, config, rng):
+    """Minibatches of a rollout in random order, every response once per pass, each with pretraining
+    documents beside it -> pairs of (rows of the rollout's tensors, (tokens, mask) or None)."""
+    passes = [rng.permutation(config.rollout_size) for _ in range(config.ppo_epochs)]
+    for picked in np.concatenate(passes).reshape(-1, config.minibatch_size):
+        rows = torch.from_numpy(picked).to(batch["tokens"].device)
+        ptx_batch, count = None, config.ptx_ratio * config.minibatch_size
+        if config.ptx_coef:
+            ptx_batch = data.demonstration_batch(data.draw(documents, count, rng))
+        yield {name: x[rows] for name, x in batch.items()}, ptx_batch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -328,18 +293,6 @@ def load_networks(config, datasets, device):
     sizes = [sum(p.numel() for p in network.parameters()) for network in (policy, value_model)]
     print(f"policy {sizes[0]:,} parameters, reward and value model {sizes[1]:,}")
     return policy, ref, value_model, judge, tokenizer, rows
-
-
-def minibatches(batch, documents, config, rng):
-    """Minibatches of a rollout in random order, every response once per pass, each with pretraining
-    documents beside it -> pairs of (rows of the rollout's tensors, (tokens, mask) or None)."""
-    passes = [rng.permutation(config.rollout_size) for _ in range(config.ppo_epochs)]
-    for picked in np.concatenate(passes).reshape(-1, config.minibatch_size):
-        rows = torch.from_numpy(picked).to(batch["tokens"].device)
-        ptx_batch, count = None, config.ptx_ratio * config.minibatch_size
-        if config.ptx_coef:
-            ptx_batch = data.demonstration_batch(data.draw(documents, count, rng))
-        yield {name: x[rows] for name, x in batch.items()}, ptx_batch
 
 
 def train(config):
@@ -398,6 +351,58 @@ def train(config):
             seen = f"mean kl {numbers['kl']:.2f} per response is negative"
             print(f"warning: {seen}: sampling and log-probabilities disagree")
     run.finish()
+
+
+# ==================================================================================================
+# The bar: below it, what the loop logs and checks.
+# ==================================================================================================
+
+
+def kl_estimates(logprobs, ref_logprobs, mask):
+    """KL(policy || ref) in nats per response, from the policy's own actions (Schulman, "Approximating
+    KL divergence"): logprobs, ref_logprobs, mask (B, T-1) -> k1 (B,), k3 (B,). With r = ref / policy of
+    a token they sum -log r and (r - 1) - log r. Both are unbiased; k3 is never negative."""
+    log_r = (ref_logprobs - logprobs) * mask
+    return -log_r.sum(1), (log_r.exp() - 1 - log_r).sum(1)
+
+
+def explained_variance(values, returns, mask):
+    """1 - var(returns - values) / var(returns) over unmasked tokens: 1 is perfect, 0 no better than a
+    constant. values, returns, mask (B, T-1) -> float."""
+    error, spread = (returns - values)[mask], returns[mask]
+    return float(1 - error.var(correction=0) / spread.var(correction=0).clamp(min=1e-8))
+
+
+def measure(batch, stats, iteration, config):
+    """The numbers of one iteration, for the log: means over its minibatches of what the updates
+    returned, beside those of the rollout. README says what each looks like in a good run."""
+    mask = batch["mask"]
+    k1, k3 = kl_estimates(batch["logprobs"], batch["ref_logprobs"], mask)
+    stats = [{name: x.item() for name, x in numbers.items()} for numbers in stats]
+    return dict(
+        episodes=iteration * config.rollout_size,
+        score=float(batch["scores"].mean()),  # before the penalty for a missing eot
+        **({"gold": float(batch["golds"].mean())} if "golds" in batch else {}),  # in the world only
+        kl=float(k1.mean()),  # nats per response
+        kl3=float(k3.mean()),
+        entropy=float(-masked_mean(batch["logprobs"], mask)),  # nats per token: mean -log pi
+        length=float(mask.sum(1).float().mean()),  # tokens
+        eot_rate=float(batch["ended"].float().mean()),
+        # of the first minibatch: 1, or log-probabilities differ between rollout and update
+        first_ratio=stats[0]["max_ratio"],
+        explained_variance=explained_variance(batch["values"], batch["returns"], mask),
+        **{name: sum(s[name] for s in stats) / len(stats) for name in stats[0] if name != "max_ratio"},
+    )
+
+
+def print_samples(tokenizer, batch, count=2):
+    """The first responses of a rollout in full, with score and kl: chosen by index, not by taste."""
+    for i in range(min(count, len(batch["tokens"]))):
+        start, end = int(batch["prompt_lengths"][i]), int(batch["lengths"][i])
+        ids = batch["tokens"][i].tolist()
+        kl = float((batch["logprobs"][i] - batch["ref_logprobs"][i]).sum())
+        texts = f"{tokenizer.decode(ids[:start])!r} -> {tokenizer.decode(ids[start:end])!r}"
+        print(f"    score {float(batch['scores'][i]):.2f}  kl {kl:.2f}  {texts}")
 
 
 def check_config(config):

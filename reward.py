@@ -127,45 +127,6 @@ def shift_to_demonstrations(reward_model, pairs, device):
     reward_model.head.bias -= score(reward_model, tokens, lengths).mean()
 
 
-def load_judge(config, tokenizer, rows, device):
-    """What scores responses, by --reward -> judge, the reward model or None. judge: a function of
-    tokens (B, T), prompt_lengths (B,), lengths (B,) that returns scores (B,). rows: the prompts."""
-    if config.reward.endswith(".py"):
-        return text_judge(own_reward(config.reward), tokenizer), None
-    path = sft.where(config, "reward")
-    reward_model, of_reward, _ = sft.load_network("reward", path, device)
-    check(of_reward == tokenizer, f"{path} has another encoding than the policy: train one of them again")
-    is_gold = config.reward == "gold"
-    return gold_judge(tokenizer, rows) if is_gold else model_judge(reward_model), reward_model
-
-
-def model_judge(reward_model):
-    """A reward model as a judge."""
-    return lambda tokens, prompt_lengths, lengths: score(reward_model, tokens, lengths)
-
-
-def gold_judge(tokenizer, rows):
-    """The gold preference of the world as a judge of responses to these prompts."""
-    world, tasks = data.World(), {tokenizer.decode(row["ids"]): row for row in rows}
-    gold = lambda prompt, text: world.gold(tasks[prompt], text)["gold"]
-    return text_judge(lambda prompts, responses: map(gold, prompts, responses), tokenizer)
-
-
-def text_judge(function, tokenizer):
-    """function(prompts, responses), lists of texts, -> numbers; as a judge."""
-    def judge(tokens, prompt_lengths, lengths):
-        rows = list(zip(tokens.tolist(), prompt_lengths.tolist(), lengths.tolist()))
-        prompts = [tokenizer.decode(row[:start]) for row, start, _ in rows]
-        texts = [data.response_text(tokenizer, row[:start], row[start:end]) for row, start, end in rows]
-        scores = [float(x) for x in function(prompts, texts)]
-        check(len(scores) == len(texts), f"reward gave {len(scores)} numbers for {len(texts)} responses")
-        bad = [text for text, score in zip(texts, scores) if not math.isfinite(score)]
-        check(not bad, f"reward gave nan or inf for {bad[:1]}")
-        return torch.tensor(scores, device=tokens.device)
-
-    return judge
-
-
 def main(config):
     """Collect the comparisons if there are none, then make reward.pt in config.out or go on with it."""
     sft.check_config(config)
@@ -221,8 +182,61 @@ def train(run, start, tokenizer, groups, groups_valid, pairs, config):
 
 
 # ==================================================================================================
-# The bar: below it, where comparisons come from: programs, or people.
+# The bar: below it, what else may judge, and where comparisons come from: programs, or people.
 # ==================================================================================================
+
+
+def load_judge(config, tokenizer, rows, device):
+    """What scores responses, by --reward -> judge, the reward model or None. judge: a function of
+    tokens (B, T), prompt_lengths (B,), lengths (B,) that returns scores (B,). rows: the prompts."""
+    if config.reward.endswith(".py"):
+        return text_judge(own_reward(config.reward), tokenizer), None
+    path = sft.where(config, "reward")
+    reward_model, of_reward, _ = sft.load_network("reward", path, device)
+    check(of_reward == tokenizer, f"{path} has another encoding than the policy: train one of them again")
+    is_gold = config.reward == "gold"
+    return gold_judge(tokenizer, rows) if is_gold else model_judge(reward_model), reward_model
+
+
+def model_judge(reward_model):
+    """A reward model as a judge."""
+    return lambda tokens, prompt_lengths, lengths: score(reward_model, tokens, lengths)
+
+
+def gold_judge(tokenizer, rows):
+    """The gold preference of the world as a judge of responses to these prompts."""
+    world, tasks = data.World(), {tokenizer.decode(row["ids"]): row for row in rows}
+    gold = lambda prompt, text: world.gold(tasks[prompt], text)["gold"]
+    return text_judge(lambda prompts, responses: map(gold, prompts, responses), tokenizer)
+
+
+def text_judge(function, tokenizer):
+    """function(prompts, responses), lists of texts, -> numbers; as a judge."""
+    def judge(tokens, prompt_lengths, lengths):
+        rows = list(zip(tokens.tolist(), prompt_lengths.tolist(), lengths.tolist()))
+        prompts = [tokenizer.decode(row[:start]) for row, start, _ in rows]
+        texts = [data.response_text(tokenizer, row[:start], row[start:end]) for row, start, end in rows]
+        scores = [float(x) for x in function(prompts, texts)]
+        check(len(scores) == len(texts), f"reward gave {len(scores)} numbers for {len(texts)} responses")
+        bad = [text for text, score in zip(texts, scores) if not math.isfinite(score)]
+        check(not bad, f"reward gave nan or inf for {bad[:1]}")
+        return torch.tensor(scores, device=tokens.device)
+
+    return judge
+
+
+def own_reward(path):
+    """The function of --reward=FILE.py: an error of somebody else's code is one line."""
+    def called(function, *given):
+        try:
+            return function(*given)
+        except Exception as why:
+            last = traceback.extract_tb(why.__traceback__)[-1]
+            raise SystemExit(f"{path}: {why!r} (line {last.lineno} of {last.filename})") from why
+
+    function = called(runpy.run_path, path).get("reward")
+    check(callable(function), f"{path} defines no function reward(prompts, responses)")
+    return lambda *texts: called(lambda: list(map(float, function(*texts))))
 
 
 COLLECTED = dict(  # where the responses to a prompt come from, and how often
@@ -311,20 +325,6 @@ def written(world, source, task, tasks, tokenizer, rng):
         same = [other for other in others if other["category"] == task["category"]]
         text = rng.choice(same if same and rng.random() < 0.6 else tasks)["reply"]
     return text, tokenizer.encode(text) + [tokenizer.eot]
-
-
-def own_reward(path):
-    """The function of --reward=FILE.py: an error of somebody else's code is one line."""
-    def called(function, *given):
-        try:
-            return function(*given)
-        except Exception as why:
-            last = traceback.extract_tb(why.__traceback__)[-1]
-            raise SystemExit(f"{path}: {why!r} (line {last.lineno} of {last.filename})") from why
-
-    function = called(runpy.run_path, path).get("reward")
-    check(callable(function), f"{path} defines no function reward(prompts, responses)")
-    return lambda *texts: called(lambda: list(map(float, function(*texts))))
 
 
 FIELDS = "fails_to_follow inappropriate hallucination satisfies_constraint sexual violent"
