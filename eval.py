@@ -5,10 +5,10 @@ Did it work? The table at the end of `python ppo.py`, and talking to what was tr
     python eval.py chat              talk to --model=base, sft, ppo_init or ppo, or to the path of one
     python eval.py compare "TEXT"    every model in --out on one prompt: response, score, kl, length
 
-Every measure is made of three things: `respond` (sample), `scores` (the reward) and `choice_logprobs`
-(log-probability of a choice); in the world of `data.World.gold` and `data.label` too. A response is a
-pair (text, ids) everywhere; ids end with eot if the response ended by itself. What the paper claims of
-such numbers is tested by `python tests/findings.py`.
+Every measure is made of three things: `respond` (sample), `scores` (the reward) and `response_logprobs`
+(of a response or a choice); in the world of `data.World.gold` and `data.label` too. A response is a pair
+(text, ids) everywhere; ids end with eot if the response ended by itself. What the paper claims of such
+numbers is tested by `python tests/findings.py`.
 """
 
 import contextlib
@@ -208,7 +208,7 @@ class Models:
             else:
                 self.policies[name], self.tokenizer, made = sft.load_network("policy", path, self.device)
                 encodings.append(self.tokenizer)
-        for flag in ("data", "seed", "max_new_tokens"):  # of the last
+        for flag in ("data", "seed", "max_new_tokens"):  # of the last, PPO's
             if (was := made["settings"].get(flag)) not in (None, getattr(config, flag)):
                 print(f"warning: {path} was made with --{flag}={was}")
         differ = f"{', '.join(paths.values())} have different encodings: take models of one run"
@@ -389,8 +389,9 @@ def print_table(table):
         print("  ".join([f"{row['model']:14}", *cells]))
 
 
-# --------------------------------------------------------------------------------------------------
-# talking to it: python eval.py chat, python eval.py compare
+# ==================================================================================================
+# The bar: below it, talking to what was trained: python eval.py chat, python eval.py compare.
+# ==================================================================================================
 
 
 @dataclass

@@ -3,16 +3,16 @@ The Transformer: GPT-2 (Radford et al. 2019), the architecture of GPT-3 and of I
 
 One network in two roles. `GPT` predicts the next token: the policy, the frozen reference. `ScalarGPT`
 has the same body with the unembedding replaced by a projection to one number per position: the reward
-model reads it at the last response token, the value model reads it at every token.
+model reads it at the last response token, the value model before every one.
 
 The alignment rule, for every file of this project: `logits[:, t]` predicts `tokens[:, t + 1]`.
 `token_logprobs` is that shift; its column t belongs to the action `tokens[:, t + 1]`, and what training
 uses (`masked_logprobs`), values, kl, rewards, advantages, returns and `mask` share its index (B, T-1).
 Rows are right-padded: under causal attention a real token never sees the padding behind it, so nothing
-here needs an attention mask but the cache of `generate`, whose rows begin at different lengths.
+here needs an attention mask but the cache of `generate`, whose prompts end at different places.
 
 Shapes: B sequences, T tokens in the padded row, C channels, nh heads, hs head size, V vocabulary,
-P longest prompt, R longest response, S slots of the cache, N unmasked tokens.
+P longest prompt, R tokens of a response at most, S slots of the cache, N unmasked tokens.
 """
 
 import json
@@ -42,8 +42,8 @@ class GPTConfig:
     dropout: float = 0.0  # residual, on what attention and MLP add to the stream (paper's SFT: 0.2)
     bias: bool = True
     # False is GPT-2. True, for models trained from scratch on little text: rotary positions in place of
-    # learned ones, larger initial weights, and one head per layer in which equal tokens meet from the
-    # start. Without it no reward model here learns to tell whether a word of the reply is in the prompt
+    # learned ones, larger initial weights, and one head per layer that starts with key = query: equal
+    # tokens meet. Without it no reward model here learns to tell whether a word of the reply is in the prompt
     lookup: bool = False
 
 
@@ -250,7 +250,7 @@ def by_length(function, network, tokens, mask, *arguments):
     columns = torch.arange(2, tokens.size(1) + 1, device=mask.device)
     lengths = (mask * columns).amax(1).clamp(min=2)  # (B,), up to the last action that counts
     (rank, size), order, results = rank_and_size(), lengths.argsort(stable=True), []
-    # every process gets short and long rows; one for which none is left, another's, times zero
+    # every process gets short and long rows; one without any computes another's, times zero
     mine, is_needed = order[rank % len(order) :: size], rank < len(order)
     for piece in microbatches(lengths[mine]):
         rows = mine[piece]
@@ -267,7 +267,7 @@ def by_length(function, network, tokens, mask, *arguments):
 
 
 # --------------------------------------------------------------------------------------------------
-# log-probabilities
+# log-probabilities and values
 
 
 def token_logprobs(logits, tokens, temperature=1.0):
@@ -364,7 +364,7 @@ def generate(gpt, prompts, max_new_tokens, temperature=1.0, eot=None, generator=
     # 1. read the prompts, those of similar length together
     tokens, lengths = pad(prompts, gpt.lm_head.weight.device)  # (B, P), (B,)
     cache, pieces, ends = Cache(lengths, longest + max_new_tokens), microbatches(lengths), []
-    for cache.rows in pieces:
+    for cache.rows in pieces:  # store() puts what is read there
         T = int(lengths[cache.rows[-1]])
         last = torch.arange(T, device=lengths.device) == lengths[cache.rows, None] - 1  # (b, T)
         ends.append(gpt.lm_head(gpt.hidden(tokens[cache.rows, :T], cache, last)))  # (b, V)

@@ -11,9 +11,9 @@ minibatches of clipped policy gradient, value regression and language modelling.
 are the moving average, which is what the paper evaluates.
 
 Differs from the paper in:
-    1. lambda of GAE, Adam's epsilon, gradient clipping, whitening, value clipping and the penalty for a
-       missing eot are not in the paper: the values here are those of its predecessors (Stiennon et al.
-       2020, Ziegler et al. 2019);
+    1. the paper does not speak of lambda of GAE, Adam's epsilon, value clipping and whitening, which are
+       as in its predecessors (Stiennon et al. 2020, Ziegler et al. 2019; we do not whiten rewards), nor of
+       gradient clipping and the penalty for a missing eot;
     2. beta, ptx_coef and the learning rates fit a small model and its reward scale; the paper's stand
        in the comments.
 
@@ -86,7 +86,7 @@ SCALES = dict(
 
 
 # --------------------------------------------------------------------------------------------------
-# the mathematics: pure functions on tensors whose columns are actions (model.py, the alignment rule)
+# the mathematics: functions of tensors whose columns are actions (model.py, the alignment rule)
 
 
 def kl_shaped_rewards(scores, logprobs, ref_logprobs, mask, beta):
@@ -181,7 +181,8 @@ def rollout(policy, ref, judge, prompts, tokenizer, config, generator):
     Returns a dict: tokens (B, T), lengths, prompt_lengths, scores, ended (B,), and mask, logprobs,
     ref_logprobs (B, T-1); and the seconds that sampling took.
     """
-    # 1. sample; eot is an action like any other, what would follow it is never made
+    # a. sample: model.generate, by each process its share under torchrun; eot is an action like any
+    #    other, what would follow it is never made
     started = time.monotonic()
     tokens, lengths = model.generate_shared(
         policy, prompts, config.max_new_tokens, config.temperature, tokenizer.eot, generator
@@ -189,10 +190,10 @@ def rollout(policy, ref, judge, prompts, tokenizer, config, generator):
     seconds = time.monotonic() - started
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     mask = model.response_mask(prompt_lengths, lengths, tokens.size(1))
-    # 2. score prompt and response
+    # b. score prompt and response
     scores = judge(tokens, prompt_lengths, lengths).float()  # (B,)
     ended = tokens.gather(1, lengths[:, None] - 1).squeeze(1) == tokenizer.eot
-    # 3. log-probabilities, in the numerics of the update so that its first ratio is 1, and those of
+    # c. log-probabilities, in the numerics of the update so that its first ratio is 1, and those of
     #    the reference; both in eval mode: dropout would make the kl of identical weights non-zero
     of = lambda gpt: model.by_length(model.masked_logprobs, gpt, tokens, mask, config.temperature)
     logprobs, ref_logprobs = of(policy), of(ref)  # (B, T-1)
@@ -204,13 +205,13 @@ def rollout(policy, ref, judge, prompts, tokenizer, config, generator):
 
 @torch.no_grad()
 def credit(batch, value_model, config):
-    """Which action earned it: rollout()'s dict -> values, advantages (whitened), returns (B, T-1)."""
+    """Which action earned it: rollout()'s dict -> dict of values, advantages (whitened), returns (B, T-1)."""
     mask = batch["mask"]
     values = model.by_length(model.masked_values, value_model, batch["tokens"], mask)
-    # 4. the reward of each token; a response that did not end loses a constant
+    # d. the reward of each token; a response that did not end loses a constant
     scores = batch["scores"] - config.eot_penalty * ~batch["ended"]
     rewards = kl_shaped_rewards(scores, batch["logprobs"], batch["ref_logprobs"], mask, config.beta)
-    # 5. advantages and returns, then whitening: returns keep the scale of the rewards
+    # e. advantages and returns, then whitening: returns keep the scale of the rewards
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
     return dict(values=values, advantages=whiten(advantages, mask), returns=returns)
 
@@ -223,7 +224,7 @@ def objective(new_logprobs, minibatch, config):
     log_ratio = ((new_logprobs - logprobs) * mask).detach()
     return loss, dict(
         policy_loss=loss, clipfrac=clipfrac,
-        approx_kl=masked_mean(0.5 * log_ratio**2, mask),  # new against old policy, k2, nats per token
+        approx_kl=masked_mean(0.5 * log_ratio**2, mask),  # new against old policy, nats per token
         max_ratio=log_ratio.abs().max().exp(),
     )
 
@@ -245,7 +246,7 @@ def update_policy(policy, ema, optimizer, minibatch, ptx_batch, factor, config):
             ptx_loss = sft.lm_loss(policy, *(x.to(tokens.device) for x in ptx_batch))
         (config.ptx_coef * ptx_loss).backward()
         numbers["ptx_loss"] = ptx_loss  # nats per token of pretraining text
-    sft.optimizer_step(policy, [optimizer], factor, config.grad_clip)
+    sft.optimizer_step(policy, [optimizer], factor, config.grad_clip)  # at factor * lr; then clears grads
     update_ema(ema, policy, config.ema)
     return numbers
 
@@ -279,16 +280,17 @@ def minibatches(batch, documents, config, rng):
 
 def load_networks(config, datasets, device):
     """-> policy, its frozen reference (the same checkpoint, if --ref is not given), value model, judge
-    (a function that scores responses, by --reward), tokenizer, PPO's prompts as rows with ids."""
+    (what scores responses: reward.score, or by --reward), tokenizer, PPO's prompts as rows with ids. All
+    networks are in eval mode, without dropout, and stay so."""
     path = sft.where(config, "ppo_init")
     policy, tokenizer, _ = sft.load_network("policy", path, device)
     ref, of_ref, _ = sft.load_network("policy", config.ref or path, device)
     check(of_ref == tokenizer, f"{config.ref} has another encoding than the policy")
     limit = policy.config.block_size - config.max_new_tokens  # prompts that leave room for a response
     encode = lambda part: data.encode_prompts(tokenizer, datasets[part], limit)
-    rows, *_ = map(encode, ("prompts", "valid", "test"))  # what the last table lacks is told before training
+    rows, *_ = map(encode, ("prompts", "valid", "test"))  # too long for the last table: said now
     judge, reward_model = reward.load_judge(config, tokenizer, rows, device)
-    torch.manual_seed(config.seed)  # of a head that no reward model lends
+    torch.manual_seed(config.seed)  # for a new value head, if there is no reward model
     value_model = copy.deepcopy(reward_model) if reward_model else ScalarGPT.from_gpt(policy)
     sizes = [sum(p.numel() for p in network.parameters()) for network in (policy, value_model)]
     print(f"policy {sizes[0]:,} parameters, reward and value model {sizes[1]:,}")
@@ -354,7 +356,7 @@ def train(config):
 
 
 # ==================================================================================================
-# The bar: below it, what the loop logs and checks.
+# The bar: below it, the log, checks of flags, and main.
 # ==================================================================================================
 
 

@@ -83,7 +83,7 @@ def pairs_of(ranks):
 
 
 def masked_scores(reward_model, tokens, mask):
-    """The scalar behind each unmasked action, else 0: tokens (B, T), mask (B, T-1) -> (B, T-1)."""
+    """The scalar read after each unmasked action, else 0: tokens (B, T), mask (B, T-1) -> (B, T-1)."""
     scores = reward_model(tokens, where=F.pad(mask, (1, 0)))  # (N,)
     return torch.zeros(mask.shape, device=mask.device, dtype=scores.dtype).masked_scatter(mask, scores)
 
@@ -182,7 +182,7 @@ def train(run, start, tokenizer, groups, groups_valid, pairs, config):
 
 
 # ==================================================================================================
-# The bar: below it, what else may judge, and where comparisons come from: programs, or people.
+# The bar: below it, what judges responses, and where comparisons come from: programs, or people.
 # ==================================================================================================
 
 

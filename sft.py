@@ -107,8 +107,8 @@ def valid_loss(gpt, batches):
 def train(run, gpt, tokenizer, optimizers, batches, valid, config, keep={}, warmup=0):
     """The loop of every stage, in its simplest form: one step is batch, loss, backward, update, log.
 
-    optimizers: by name. batches: for each step its rows, pairs of (prompt ids, response ids). valid:
-    {name: list of (tokens, mask)}, losses to log. keep: {step: epoch}, the weights that are kept.
+    run: a Run, below the bar. optimizers: by name. batches: for each step its rows, pairs of (prompt ids,
+    response ids). valid: {name: list of (tokens, mask)}, losses to log. keep: {step: epoch}, weights to keep.
     """
     run.begin(len(batches), tokenizer, weights=gpt, **optimizers)
     losses = lambda: {name: valid_loss(gpt, held_out) for name, held_out in valid.items()}
@@ -151,7 +151,7 @@ def main(config):
     if config.base and not config.base.endswith(".pt"):
         base, tokenizer = GPT.from_pretrained(config.base), data.Tokenizer("gpt2")
     else:
-        if where(config, "base") == os.path.join(config.out, "base.pt"):  # not given, not in --from
+        if where(config, "base") == os.path.join(config.out, "base.pt"):  # neither given nor only in --from
             pretrain(config, datasets)
         base, tokenizer, _ = load_network("policy", where(config, "base"), "cpu")
     parameters = sum(p.numel() for p in base.parameters())
@@ -226,7 +226,7 @@ def fine_tune(name, config, base, tokenizer, datasets):
 
 
 def documents_of(config, datasets, tokenizer, gpt):
-    """-> the pretraining documents as pairs of ids, and batches of 16k tokens of those held out, the
+    """-> the pretraining documents as pairs of ids, and of those held out 16k tokens, in batches, the
     same for every stage and the last table, so that the pretraining losses of all models compare."""
     length = min(config.document_length, gpt.config.block_size)
     check(length > 1, f"--document_length={length}: expected 2 or more, a token and what follows it")
