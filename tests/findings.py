@@ -1,12 +1,11 @@
 """
 The paper's findings in miniature: fifteen claims of InstructGPT, measured on the models of a run.
 
-    python tests/findings.py                   all fifteen on one seed; trains what is missing, goes on
-                                               where it was stopped; out/report.md and figures
+    python tests/findings.py                   all fifteen on one seed, from nothing 66 minutes on two idle
+                                               cores; goes on where it was stopped; out/report.md, figures
     python tests/findings.py --finding=2,12    only these
-    python tests/findings.py --quick           one seed, without those that train many models: 4 minutes
-                                               behind its main job and PPO without ptx, on one core (one
-                                               process a seed: they share its models)
+    python tests/findings.py --quick           one seed, without those that train many models: 15 minutes
+    python tests/findings.py --seeds=5         one after the other; one process a seed: they share its models
     python tests/findings.py reviews --data=DIR --out=DIR      imported movie reviews: how many of the
                                                continuations in out/responses.jsonl are positive
 
