@@ -5,7 +5,7 @@ The paper's findings in miniature: fifteen claims of InstructGPT, measured on th
                                                cores; goes on where it was stopped; out/report.md, figures
     python tests/findings.py --finding=2,12    only these
     python tests/findings.py --quick           one seed, without those that train many models: 15 minutes
-    python tests/findings.py --seeds=5         one after the other; one process a seed: they share its models
+    python tests/findings.py --seeds=5         1 to 5, one after the other; no two processes on one seed
     python tests/findings.py reviews --data=DIR --out=DIR      imported movie reviews: how many of the
                                                continuations in out/responses.jsonl are positive
 
