@@ -241,12 +241,14 @@ def test_findings_have_the_rows_that_they_promise(report):
     assert itself == ([0.5, 0.0], [0.5, 0.0]) and rows[13]["weak"]["win against weak"] == [0.5, 0.0]
 
 
-def test_proxies_are_weak_and_small_and_a_second_round_is_as_large_as_its_control(report):
+def test_what_findings_train_is_as_they_say(report):
+    """Weak and small proxies, a second round as large as its control, an SFT with half the batch."""
     load = lambda path: torch.load(report[0] / f"{path}.pt", weights_only=True)
     groups = [load(f"{folder}/reward")["settings"]["groups"] for folder in ("weak", "more-of-round-1", "round-2")]
     assert groups[:2] == [20, 40] and 20 < groups[2] <= 40  # a prompt without two different responses is left out
     for proxy, judge in (("weak", "weak/reward"), ("small", "size-1x2x8/judge/reward")):
         assert load(f"{proxy},beta=0/ppo")["settings"]["reward"] == f"{report[0]}/{judge}.pt"
+    assert [load(sft)["settings"]["sft_batch"] for sft in ("sft", "epochs/sft")] == [16, 8]
     assert load("weak/reward")["config"]["n_embd"] > load("size-1x2x8/judge/reward")["config"]["n_embd"] == 8
 
 
