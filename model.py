@@ -7,7 +7,7 @@ model reads it at the last response token, the value model before every one.
 
 The alignment rule, for every file of this project: `logits[:, t]` predicts `tokens[:, t + 1]`.
 `token_logprobs` is that shift; its column t belongs to the action `tokens[:, t + 1]`, and what training
-uses (`masked_logprobs`), values, kl, rewards, advantages, returns and `mask` share its index (B, T-1).
+uses (`masked_logprobs` by_length), values, kl, rewards, advantages, returns and `mask` share its index.
 Rows are right-padded: under causal attention a real token never sees the padding behind it, so nothing
 here needs an attention mask but the cache of `generate`, whose prompts end at different places.
 
@@ -239,9 +239,9 @@ def microbatches(lengths):
 
 
 def by_length(function, network, tokens, mask, *arguments):
-    """function(network, tokens (b, T), mask (b, T-1), *arguments) -> (b, T-1) on rows of similar length
-    at a time, cut behind their last unmasked action -> (B, T-1). The numbers of one padded batch; on the
-    world's texts, of 15 to 128 tokens, nearly twice as quickly.
+    """function(network, tokens (b, T), mask (b, T-1), *arguments) -> (N,), a number for each unmasked
+    action, on rows of similar length at a time, cut behind their last such action -> (B, T-1), 0 where
+    masked. The numbers of one padded batch; on texts of 15 to 128 tokens nearly twice as quickly.
 
     Under torchrun each process computes its share of the rows and is told the numbers of the others: all
     go on with the same (B, T-1), in whose backward each has the gradients of its own rows
@@ -255,10 +255,9 @@ def by_length(function, network, tokens, mask, *arguments):
     for piece in microbatches(lengths[mine]):
         rows = mine[piece]
         T = int(lengths[rows[-1]])
-        result = function(network, tokens[rows, :T], mask[rows, : T - 1], *arguments)
-        results.append(F.pad(result, (0, tokens.size(1) - T)))
+        results.append(function(network, tokens[rows, :T], mask[rows, : T - 1], *arguments))  # (N,)
     whole = torch.zeros(mask.shape, device=mask.device, dtype=results[0].dtype)
-    whole[mine] = torch.cat(results) * is_needed
+    whole[mine] = whole[mine].masked_scatter(mask[mine], torch.cat(results)) * is_needed
     if size > 1:
         told = whole.detach().clone()
         dist.all_reduce(told)
@@ -278,20 +277,18 @@ def token_logprobs(logits, tokens, temperature=1.0):
 
 
 def masked_logprobs(gpt, tokens, mask, temperature=1.0):
-    """token_logprobs(gpt(tokens), tokens, temperature) where mask is True, 0 elsewhere, nats:
-    tokens (B, T), mask (B, T-1) -> (B, T-1). Logits are made at the unmasked positions only: with a
-    small model the vocabulary is most of the work."""
+    """token_logprobs(gpt(tokens), tokens, temperature) where mask is True, nats: tokens (B, T),
+    mask (B, T-1) -> (N,). Logits are made at the unmasked positions only: with a small model the
+    vocabulary is most of the work."""
     hidden = gpt.hidden(tokens, where=F.pad(mask, (0, 1)))  # (N, C)
     logits = gpt.lm_head(hidden / temperature).float()  # (N, V): dividing C numbers in place of V
-    logprobs = -F.cross_entropy(logits, tokens[:, 1:][mask], reduction="none")  # (N,)
-    return torch.zeros(mask.shape, device=mask.device, dtype=logprobs.dtype).masked_scatter(mask, logprobs)
+    return -F.cross_entropy(logits, tokens[:, 1:][mask], reduction="none")
 
 
 def masked_values(value_model, tokens, mask):
-    """The value of the state before each unmasked action, 0 elsewhere, score units: tokens (B, T),
-    mask (B, T-1) -> (B, T-1); column t has read tokens[:, :t + 1]."""
-    values = value_model(tokens, where=F.pad(mask, (0, 1)))  # (N,)
-    return torch.zeros(mask.shape, device=mask.device, dtype=values.dtype).masked_scatter(mask, values)
+    """The value of the state before each unmasked action, score units: tokens (B, T), mask (B, T-1)
+    -> (N,); that of column t has read tokens[:, :t + 1]."""
+    return value_model(tokens, where=F.pad(mask, (0, 1)))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -82,17 +82,12 @@ def pairs_of(ranks):
     return (ranks[:, :, None] < ranks[:, None, :]) & (ranks[:, :, None] > 0)
 
 
-def masked_scores(reward_model, tokens, mask):
-    """The scalar read after each unmasked action, else 0: tokens (B, T), mask (B, T-1) -> (B, T-1)."""
-    scores = reward_model(tokens, where=F.pad(mask, (1, 0)))  # (N,)
-    return torch.zeros(mask.shape, device=mask.device, dtype=scores.dtype).masked_scatter(mask, scores)
-
-
 def score(reward_model, tokens, lengths):
     """The scalar at the last real token of each row, which is eot if the response ended: tokens (B, T),
     lengths (B,) -> (B,), score units. Computed on rows of similar length at a time."""
     last = model.response_mask(lengths - 1, lengths, tokens.size(1))  # (B, T-1)
-    return model.by_length(masked_scores, reward_model, tokens, last).sum(1)
+    read = lambda network, tokens, mask: network(tokens, where=F.pad(mask, (1, 0)))  # after the action
+    return model.by_length(read, reward_model, tokens, last).sum(1)
 
 
 def score_groups(reward_model, groups, device):
