@@ -102,15 +102,11 @@ def score_groups(reward_model, groups, device):
 def evaluate(reward_model, groups, device):
     """-> dict of valid_loss, nats per pair as ranking_loss averages, and accuracy, the share of untied
     pairs ordered as the labeler did."""
-    loss, prompts, right, pairs = 0.0, 0, 0, 0
-    for batch in data.cut(groups, 32):
-        scores, ranks = score_groups(reward_model, batch, device)  # (B, K)
-        better = pairs_of(ranks)
-        untied = int(better.any(2).any(1).sum())  # the prompts that ranking_loss averages over
-        loss, prompts = loss + float(ranking_loss(scores, ranks)) * untied, prompts + untied
-        right += int((better & (scores[:, :, None] > scores[:, None, :])).sum())
-        pairs += int(better.sum())
-    return dict(valid_loss=loss / max(1, prompts), accuracy=right / max(1, pairs))
+    scores, ranks = score_groups(reward_model, groups, device)  # (B, K)
+    better = pairs_of(ranks)
+    right = better & (scores[:, :, None] > scores[:, None, :])
+    accuracy = int(right.sum()) / max(1, int(better.sum()))
+    return dict(valid_loss=float(ranking_loss(scores, ranks)), accuracy=accuracy)
 
 
 @torch.no_grad()
