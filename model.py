@@ -207,12 +207,10 @@ class ScalarGPT(nn.Module):
 
 def pad(rows, device="cpu"):
     """Lists of ids -> tokens (B, T) right-padded with 0, lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    # one copy for all rows: a tensor for each would be most of the time of a large batch
-    real = torch.arange(tokens.size(1)) < lengths[:, None]  # (B, T)
-    tokens[real] = torch.tensor([id for row in rows for id in row])
-    return tokens.to(device), lengths.to(device)
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    return tokens.to(device), torch.tensor(lengths, device=device)
 
 
 def response_mask(prompt_lengths, lengths, T):
