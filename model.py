@@ -166,12 +166,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder):
-        """GPT-2 weights -> GPT on the CPU, in train mode, with GPT-2's sizes and without dropout.
-
-        From a folder in the Hugging Face layout (config.json beside model.safetensors or
-        pytorch_model.bin, both read without executing code), or by name through transformers, if that
-        is installed. Raises SystemExit, in one line, for whatever is not a GPT-2 checkpoint.
-        """
+        """GPT-2's weights, from a folder in the Hugging Face layout or by name: see load_gpt2."""
         return load_gpt2(cls, name_or_folder)
 
 
@@ -399,7 +394,10 @@ GPT2 = dict(  # what other models of the same layout do differently
 
 
 def load_gpt2(cls, name_or_folder):
-    """GPT.from_pretrained."""
+    """GPT-2 weights -> GPT on the CPU, in train mode, with GPT-2's sizes and without dropout. From a
+    folder (config.json beside model.safetensors or pytorch_model.bin, both read without executing code),
+    or by name through transformers, if that is installed. Raises SystemExit, in one line, for whatever is
+    not a GPT-2 checkpoint."""
     try:
         raw, weights = _read(name_or_folder)
         for key, value in GPT2.items():
