@@ -6,7 +6,7 @@ Did it work? The table at the end of `python ppo.py`, and talking to what was tr
     python eval.py compare "TEXT"    every model in --out on one prompt: response, score, kl, length
 
 Every measure is made of three things: `respond` (sample), `scores` (the reward) and `response_logprobs`
-(of a response or a choice); in the world of `data.World.gold` and `data.label` too. A response is a pair
+(of a response); in the world of `data.World.gold` and `data.label` too. A response is a pair
 (text, ids) everywhere; ids end with eot if the response ended by itself. What the paper claims of such
 numbers is tested by `python tests/findings.py`.
 """
@@ -86,14 +86,6 @@ def response_logprobs(policy, pairs, device):
         totals.append(model.by_length(model.masked_logprobs, policy, tokens, mask).sum(1))
         counts.append(mask.sum(1))
     return torch.cat(totals), torch.cat(counts)
-
-
-def choice_logprobs(policy, tokenizer, prompts, choices, device):
-    """log pi(choice | prompt) of N prompts (text) and their choices (lists of texts) -> totals in nats,
-    numbers of tokens, both (N, choices)."""
-    encode, shape = tokenizer.encode, (len(prompts), len(choices[0]))
-    pairs = [(encode(prompt), encode(text)) for prompt, texts in zip(prompts, choices) for text in texts]
-    return [x.view(shape) for x in response_logprobs(policy, pairs, device)]
 
 
 def mean_kl(policy, ref, tokenizer, prompts, responses, device):

@@ -315,7 +315,7 @@ class Chain(eval.Models):
         shapes = [tuple(map(kind_of, words_of(item["prompt"] + item["answer"]))) for item in items]
         for kind, name in itertools.product(INSTRUCTIONS, ("GPT", "SFT", "PPO", "PPO-ptx")):
             prompts, policy = [INSTRUCTIONS[kind] + item["prompt"] for item in items], self.policies[name]
-            logprobs, _ = eval.choice_logprobs(policy, self.tokenizer, prompts, choices, self.device)
+            logprobs, _ = choice_logprobs(policy, self.tokenizer, prompts, choices, self.device)
             of_shape = defaultdict(list)
             for shape, bits in zip(shapes, eval.entropy_bits(logprobs).tolist()):
                 of_shape[shape].append(bits)
@@ -337,7 +337,7 @@ class Chain(eval.Models):
             if metric == "accuracy":
                 choices = [[item["answer"], *item["wrong"]] for item in items]
                 arguments = self.policies[name], self.tokenizer, prompts, choices, self.device
-                logprobs, counts = eval.choice_logprobs(*arguments)
+                logprobs, counts = choice_logprobs(*arguments)
                 result[task] = (logprobs / counts).argmax(1).eq(0).float().tolist()
             else:
                 said = [text.split("\n")[0] for text, _ in self.respond(name, prompts, temperature=0.0)]
@@ -603,6 +603,14 @@ def folds_of(rows, groups, count=5):
         mine = [group for group, theirs in zip(groups, is_theirs) if not theirs]
         learnt = [group for i, group in enumerate(mine) if i % 10]
         yield learnt, mine[::10], list(itertools.compress(groups, is_theirs))
+
+
+def choice_logprobs(policy, tokenizer, prompts, choices, device):
+    """log pi(choice | prompt) of N prompts (text) and their choices (lists of texts) -> totals in nats,
+    numbers of tokens, both (N, choices)."""
+    encode, shape = tokenizer.encode, (len(prompts), len(choices[0]))
+    pairs = [(encode(prompt), encode(text)) for prompt, texts in zip(prompts, choices) for text in texts]
+    return [x.view(shape) for x in eval.response_logprobs(policy, pairs, device)]
 
 
 def first_line(text):

@@ -9,6 +9,7 @@ import torch
 
 import data
 import eval
+import findings
 from conftest import CPU, fails, rows_of, save_tiny, tiny_gpt, tiny_scalar
 
 
@@ -71,7 +72,7 @@ def test_choice_logprobs_and_mean_kl_by_hand_from_full_forwards():
     """140 rows are more than one batch, and of several lengths. Only tokens of the response count."""
     policy, ref, text = tiny_gpt(0), tiny_gpt(1), "abcdefghij"
     prompts, choices = zip(*((text[: 1 + i % 5], [text[i % 7 : i % 7 + 2], "j"]) for i in range(70)))
-    totals, counts = eval.choice_logprobs(policy, Letters(), prompts, choices, CPU)
+    totals, counts = findings.choice_logprobs(policy, Letters(), prompts, choices, CPU)
 
     def by_hand(gpt, prompt, response):
         ids = Letters().encode(prompt + response)

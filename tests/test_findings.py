@@ -96,7 +96,7 @@ def bench(world, category, **more):
 @pytest.mark.parametrize("totals, counts, accuracy", [([-6.0, -7.0], [3, 4], 0.0), ([-7.0, -6.0], [4, 3], 1.0)])
 def test_a_choice_goes_to_the_average_per_token(world, monkeypatch, totals, counts, accuracy):
     choose = lambda policy, tokenizer, prompts, *_: [torch.tensor([x] * len(prompts)) for x in (totals, counts)]
-    monkeypatch.setattr(eval, "choice_logprobs", choose)
+    monkeypatch.setattr(findings, "choice_logprobs", choose)
     assert bench(world, "entailment").benchmark("it", 0) == {"entailment": [accuracy] * 6}
 
 
