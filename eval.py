@@ -190,9 +190,8 @@ class Models:
         self.config, self.device = config, sft.get_device(config.device)
         self.datasets = data.load(config.data, config.scale, config.seed)
         self.last = "PPO-ptx" if config.ptx_coef else "PPO"
-        self.tuned = ["SFT", "PPO init", self.last]
-        paths = zip(["GPT", *self.tuned], ("base", "sft", "ppo_init", "ppo"))
-        paths = {name: sft.where(config, file) for name, file in paths}
+        self.tuned = {"SFT": "sft", "PPO init": "ppo_init", self.last: "ppo"}  # and their files
+        paths = {name: sft.where(config, file) for name, file in {"GPT": "base", **self.tuned}.items()}
         self.policies, encodings = {}, []
         for name, path in paths.items():
             if name == "GPT" and config.base and not config.base.endswith(".pt"):
