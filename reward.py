@@ -32,6 +32,7 @@ import textwrap
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,7 @@ def load_judge(config, tokenizer, rows, device):
     """What scores responses, by --reward -> judge, the reward model or None. judge: a function of
     tokens (B, T), prompt_lengths (B,), lengths (B,) that returns scores (B,). rows: the prompts."""
     if config.reward.endswith(".py"):
-        return text_judge(own_reward(config.reward), tokenizer), None
+        return partial(judge_texts, own_reward(config.reward), tokenizer), None
     path = sft.where(config, "reward")
     reward_model, of_reward, _ = sft.load_network("reward", path, device)
     check(of_reward == tokenizer, f"{path} has another encoding than the policy: train one of them again")
@@ -198,22 +199,19 @@ def gold_judge(tokenizer, rows):
     """The gold preference of the world as a judge of responses to these prompts."""
     world, tasks = data.World(), {tokenizer.decode(row["ids"]): row for row in rows}
     gold = lambda prompt, text: world.gold(tasks[prompt], text)["gold"]
-    return text_judge(lambda prompts, responses: map(gold, prompts, responses), tokenizer)
+    return partial(judge_texts, lambda *texts: map(gold, *texts), tokenizer)
 
 
-def text_judge(function, tokenizer):
-    """function(prompts, responses), lists of texts, -> numbers; as a judge."""
-    def judge(tokens, prompt_lengths, lengths):
-        rows = list(zip(tokens.tolist(), prompt_lengths.tolist(), lengths.tolist()))
-        prompts = [tokenizer.decode(row[:start]) for row, start, _ in rows]
-        texts = [data.response_text(tokenizer, row[:start], row[start:end]) for row, start, end in rows]
-        scores = [float(x) for x in function(prompts, texts)]
-        check(len(scores) == len(texts), f"reward gave {len(scores)} numbers for {len(texts)} responses")
-        bad = [text for text, score in zip(texts, scores) if not math.isfinite(score)]
-        check(not bad, f"reward gave nan or inf for {bad[:1]}")
-        return torch.tensor(scores, device=tokens.device)
-
-    return judge
+def judge_texts(function, tokenizer, tokens, prompt_lengths, lengths):
+    """function(prompts, responses), lists of texts, -> numbers; with these two given, a judge."""
+    rows = list(zip(tokens.tolist(), prompt_lengths.tolist(), lengths.tolist()))
+    prompts = [tokenizer.decode(row[:start]) for row, start, _ in rows]
+    texts = [data.response_text(tokenizer, row[:start], row[start:end]) for row, start, end in rows]
+    scores = [float(x) for x in function(prompts, texts)]
+    check(len(scores) == len(texts), f"reward gave {len(scores)} numbers for {len(texts)} responses")
+    bad = [text for text, score in zip(texts, scores) if not math.isfinite(score)]
+    check(not bad, f"reward gave nan or inf for {bad[:1]}")
+    return torch.tensor(scores, device=tokens.device)
 
 
 def own_reward(path):
