@@ -81,12 +81,12 @@ def test_pretrain_share_of_the_rows_of_a_batch_are_documents(chain, tmp_path, ba
 
 def test_rows_are_cut_to_the_context_of_a_given_base(chain, tmp_path, capsys):
     long = "cat dog " * 20  # 100 tokens and more
-    rows = [dict(prompt="say cat\n", response=text) for text in ["cat"] * 20 + [long]]
+    rows = [dict(prompt="say cat\n", response=text) for text in ["cat"] * 100 + [long]]
     (tmp_path / "comparisons.jsonl").write_text((chain / "comparisons.jsonl").read_text())
     write(tmp_path / "demonstrations.jsonl", rows)
     write(tmp_path / "pretrain.txt", [long, "<|endoftext|>", long])
     sft.main(config_of(chain, tmp_path, data=str(tmp_path)))
-    assert "demonstrations: longer than 64 tokens" in capsys.readouterr().out
+    assert "dropped 1 of 91 demonstrations: longer than 64 tokens" in capsys.readouterr().out
     assert load(tmp_path, "ppo_init")[0].config.block_size == 64
 
 
