@@ -62,12 +62,6 @@ def test_losses_are_means_over_unmasked_tokens_however_they_are_cut(size, monkey
     assert sft.valid_loss(tiny_gpt(dropout=0.5).train(), parts) == pytest.approx(expected, abs=1e-5)
 
 
-def test_pretraining_rows_are_documents_cut_to_document_length(chain, tmp_path, batches_of):
-    batches = batches_of(config_of(chain, tmp_path, base="", document_length=10))["base.pt"]
-    prompts, lengths = zip(*((len(first), len(first + rest)) for batch in batches for first, rest in batch))
-    assert set(prompts) == {1} and max(lengths) == 10  # every token counts but the first
-
-
 @pytest.mark.parametrize("share, documents", [(0.0, 0), (0.01, 1), (0.5, 8)])
 def test_pretrain_share_of_the_rows_of_a_batch_are_documents(chain, tmp_path, batches_of, share, documents):
     """8 demonstrations: share / (1 - share) of them on top, at least one, but none for share 0. Each of them
@@ -114,15 +108,18 @@ def test_cosine_decays_to_a_tenth():
     assert sft.cosine(5, 5, warmup=5) == 1.0  # --primer_share=1
 
 
-def test_the_primer_is_the_warm_up_of_pretraining(tmp_path, monkeypatch):
-    factors = []
+def test_the_primer_is_the_warm_up_of_pretraining_and_a_row_a_piece_of_a_document(tmp_path, monkeypatch):
+    factors, rows, batch = [], [], data.demonstration_batch
     step = lambda network, optimizers, factor, grad_clip: factors.append(factor)
+    monkeypatch.setattr(data, "demonstration_batch", lambda pairs, *_: rows.extend(pairs) or batch(pairs))
     monkeypatch.setattr(sft, "optimizer_step", step)
     monkeypatch.setattr(sft, "fine_tune", lambda *_: None)
-    flags = ["--scale=tiny", "--device=cpu", "--base_steps=10", "--primer_share=0.5", f"--out={tmp_path}"]
-    sft.main(sft.parse(sft.Config, sft.SCALES, flags))
+    flags = "--scale=tiny --device=cpu --base_steps=10 --primer_share=0.5 --document_length=10".split()
+    sft.main(sft.parse(sft.Config, sft.SCALES, [*flags, f"--out={tmp_path}"]))
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[4:] == sorted(factors[4:], reverse=True) and factors[-1] == pytest.approx(0.1)
+    assert {len(first) for first, _ in rows} == {1}  # every token counts but the first
+    assert max(len(rest) for _, rest in rows) == 9
 
 
 @pytest.mark.parametrize("gradient, decay, moves", [
@@ -275,12 +272,9 @@ def test_a_checkpoint_of_other_code_is_one_line_of_warning(tmp_path, capsys):
 
 
 def test_another_text_of_the_world_or_a_folder_is_refused(tmp_path, edit, capsys):
-    """And who takes such a checkpoint for an earlier stage is warned. A comment does not matter."""
+    """And who takes such a checkpoint for an earlier stage is warned."""
     out = tmp_path / "out"
     begin(out, data="").finish()
-    edit("pages.txt", "#", "# a comment\n#")
-    assert begin(out, data="").finished and sft.is_finished("policy", f"{out}/x.pt")
-    assert "another text" not in capsys.readouterr().out
     edit("pages.txt", "#", "0.1 | a new page.\n#")
     assert "--texts=" in refused(out, data="") and sft.is_finished("policy", f"{out}/x.pt")
     assert "another text" in capsys.readouterr().out
