@@ -19,13 +19,6 @@ import findings
 from findings import FINDINGS, NAMES, Chain
 
 
-def test_apart_looks_at_the_difference_of_two_means():
-    # means 0.5 and 1.5, sd sqrt(1/3) each: half-widths 0.565803, of the difference 0.800166
-    found = dict(a=dict(x=[0, 0, 1, 1]), b=dict(x=[1, 1, 2, 2]), c=dict(x=[0.75, 0.75, 1.75, 1.75]))
-    apart = lambda *labels: findings.holds(findings.apart(found, "x", *labels))
-    assert apart("a", "b") and not apart("b", "a") and not apart("a", "c")  # 0.75 above: within 0.800166
-
-
 def test_folds_learn_from_no_labeler_whom_they_are_tested_on():
     rows, groups = [dict(labeler=f"labeler-{i % 7}") for i in range(70)], list(range(70))
     who, folds = (lambda part: {i % 7 for i in part}), list(findings.folds_of(rows, groups, 3))
@@ -35,28 +28,28 @@ def test_folds_learn_from_no_labeler_whom_they_are_tested_on():
     assert sorted(i for *_, of_others in folds for i in of_others) == groups
 
 
-@pytest.mark.parametrize("a, b, expected", [
-    # differences 1, 0, 1, 0: mean 0.5, sd sqrt(1/3), half-width 1.96 * 0.577350 / 2 = 0.565803
-    ([0, 0, 1, 1], [1, 0, 2, 1], False),
-    # the same twice: sd sqrt(2/7), half-width 1.96 * 0.534522 / sqrt(8) = 0.370403
-    ([0, 0, 1, 1] * 2, [1, 0, 2, 1] * 2, True),
+@pytest.mark.parametrize("claim, a, b, margins, half", [
+    # differences 1, 0, 1, 0: mean 0.5, sd sqrt(1/3), half-width 1.96 * 0.577350 / 2
+    (findings.order, [0, 0, 1, 1], [1, 0, 2, 1], [0.5], 0.565803),
+    # the same twice: sd sqrt(2/7), half-width 1.96 * 0.534522 / sqrt(8)
+    (findings.order, [0, 0, 1, 1] * 2, [1, 0, 2, 1] * 2, [0.5], 0.370405),
     # the spread of both is 100 times the difference, but it is the same on each prompt
-    ([0, 10, 0, 10], [0.1, 10.1, 0.1, 10.1], True),
-    ([1, 2], [1, 2], False),
+    (findings.order, [0, 10, 0, 10], [0.1, 10.1, 0.1, 10.1], [0.1], 0),
+    # two means on different prompts: half-widths 0.565803 each, together sqrt(2) times that
+    (findings.apart, [0, 0, 1, 1], [1, 1, 2, 2], [1.0], 0.800166),
+    # equal is shown by a bound, below it and above, and not by a missing difference
+    (lambda *of: findings.same(*of, 1.1), [0, 0, 1, 1], [1, 0, 2, 1], [0.6, 1.6], 0.565803),
 ])
-def test_order_looks_at_the_differences_on_each_prompt(a, b, expected):
-    found = dict(a=dict(x=a), b=dict(x=b))
-    below = lambda *labels: findings.holds(findings.order(found, "x", *labels))
-    assert below("a", "b") is expected and not below("b", "a")
-    assert below(-20, "a", 99) and not below(-20, "a", 0)  # two claims, of which one fails
+def test_margins_of_two_rows_by_hand(claim, a, b, margins, half):
+    found = claim(dict(a=dict(x=a), b=dict(x=b)), "x", "a", "b")
+    assert [margin for margin, _ in found.values()] == pytest.approx(margins)
+    assert [width for _, width in found.values()] == pytest.approx([half] * len(margins), abs=1e-6)
+    assert findings.holds(found) == (min(margins) > half)
 
 
-def test_equal_is_shown_by_a_bound_and_not_by_a_missing_difference():
-    # differences 1, 0, 1, 0 as above: 0.5 +- 0.565803, so they lie within 1.1 but not within 1.0
-    found = dict(a=dict(x=[0, 0, 1, 1]), b=dict(x=[1, 0, 2, 1]))
-    same = lambda *labels, bound: findings.holds(findings.same(found, "x", *labels, bound))
-    assert same("a", "b", bound=1.1) and same("b", "a", bound=1.1)
-    assert not same("a", "b", bound=1.0) and not same("b", "a", bound=1.0)
+def test_all_claims_must_hold_and_numbers_stand_for_rows():
+    holds = lambda *labels: findings.holds(findings.order(dict(a=dict(x=[1, 3])), "x", *labels))
+    assert holds(-20, "a", 99) and not holds(-20, "a", 0) and not holds("a", "a")
 
 
 def test_over_seeds_the_spread_of_the_seeds_counts_by_students_t():
