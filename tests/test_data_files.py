@@ -59,7 +59,6 @@ def test_a_word_is_one_id_wherever_it_stands(bpe):
     for text in ("the cat", "cat, dog", "a hen\ncat\n", "(a cat)", "\n\ncat", "fox cat."):
         assert bpe.encode(text).count(cat) == 1, text
     assert all(len(bpe.encode(word)) == 1 for word in "the cat sat on mat dog fox and hen".split())
-    assert bpe.encode("the")[0] in bpe.encode("say\n the 'cat'")
     assert bpe.encode(" cat\n dog") == bpe.encode("cat\ndog")  # one leading space of a line tells nothing
 
 
