@@ -94,42 +94,31 @@ def labeled(typed, monkeypatch, *flags):
     reward.label(sft.parse(reward.LabelConfig, reward.SCALES, flags))
 
 
-def start(*flags):
-    """`python reward.py label` behind pipes -> the process, a function that reads up to its next question."""
+def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path, monkeypatch, capsys):
+    """And the next start goes on behind it, u takes it back, another labeler begins at the first prompt with
+    the same responses in an order of his own. Rankings are b > a, or longer: any will do. Sources are not
+    shown."""
+    flags, path = flags_of(wide, tmp_path, f"--prompts={wide}/prompts.jsonl"), tmp_path / "comparisons.jsonl"
     process = started("reward.py", "label", *flags)
 
     def to_question():
         seen = b""
-        while not seen.endswith((b"\nranking:\n", b"\nresponse:\n")):
+        while not seen.endswith(b"\nranking:\n"):
             byte = process.stdout.read(1)
             assert byte, seen.decode() + process.stderr.read().decode()
             seen += byte
         return seen.decode()
 
-    return process, to_question
+    def rank(shown):
+        letters = re.findall(r"(?m)^  ([a-z])  ", shown)
+        process.stdin.write(" > ".join(letters[::-1]).encode() + b"\n")
 
-
-def say(process, text):
-    process.stdin.write(text.encode() + b"\n")
-
-
-key = lambda text: "".join(text.split())  # of a text, however the terminal breaks its lines
-
-
-def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path):
-    """And the next start goes on behind it, u takes it back, another labeler begins at the first prompt with
-    the same responses in an order of his own. Rankings are b > a, or longer: any will do. Sources are not
-    shown."""
-    flags, path = flags_of(wide, tmp_path, f"--prompts={wide}/prompts.jsonl"), tmp_path / "comparisons.jsonl"
-    ranking_of = lambda shown: " > ".join(re.findall(r"(?m)^  ([a-z])  ", shown)[::-1])
-    process, to_question = start(*flags)
-    say(process, ranking_of(to_question()))
-    second = to_question()
-    say(process, ranking_of(second))
+    rank(to_question())
+    rank(second := to_question())
     third = to_question()
     process.kill()
-    process.wait()
-    first = rows_of(path)
+    assert process.communicate()[1] == b""
+    first, key = rows_of(path), lambda text: "".join(text.split())  # however the terminal breaks its lines
     assert [row["prompt"] for row in first] == PROMPTS[:2] and "[3 of 5]" in third
     assert all(max(map(len, text.splitlines())) <= 80 for text in (second, third))
     shown = re.split(r"(?m)^  [a-z]  ", second.removesuffix("ranking:\n"))[1:]
@@ -139,21 +128,20 @@ def test_killed_at_any_moment_every_finished_row_is_there(wide, tmp_path):
         assert row["ranks"] == list(range(len(row["responses"]), 0, -1)) and row["labeler"] == "me"
         assert row["model"] == f"{wide}/sft.pt" and 0 <= row["seconds"] < 60
         assert len(row["sources"]) == len(row["responses"]) and set(row["sources"]) <= {"sft", "hot"}
-    process, to_question = start(*flags)
-    assert to_question().split("[", 1)[1] == third.split("[", 1)[1]  # the same prompt, responses and order
-    for place in (2, 1, 1):
-        say(process, "u")
-        assert f"[{place} of 5]" in to_question() and rows_of(path) == first[: place - 1]
-    say(process, "q")
-    assert process.wait() == 0 and process.stderr.read() == b""
-    process, to_question = start(*flags, "--labeler=Zoë")
-    say(process, ranking_of(to_question()))
-    to_question()
-    process.stdin.close()  # the end of the input
-    assert process.wait() == 0
-    [row] = rows_of(path)
-    assert row["labeler"] == "Zoë" and row["prompt"] == PROMPTS[0]
+    any_order = " > ".join("abcde"[: len(first[0]["responses"])])
+    labeled(any_order, monkeypatch, *flags, "--labeler=Zoë")  # and the end of the input
+    *others, row = rows_of(path)
+    assert others == first and row["labeler"] == "Zoë" and row["prompt"] == PROMPTS[0]
     assert sorted(row["responses"]) == sorted(first[0]["responses"])
+    labeled("u", monkeypatch, *flags)  # takes back no row of another
+    assert rows_of(path) == [*first, row]
+    labeled("u", monkeypatch, *flags, "--labeler=Zoë")
+    monkeypatch.setenv("COLUMNS", "80")
+    capsys.readouterr()
+    labeled("u\nu\nu\nq", monkeypatch, *flags)
+    printed = capsys.readouterr().out
+    assert third.split("[", 1)[1] in printed  # the same prompt, responses and order
+    assert re.findall(r"\[(\d) of 5\]", printed) == ["3", "2", "1", "1"] and rows_of(path) == []
 
 
 def test_two_labelers_may_write_into_one_file(wide, tmp_path, monkeypatch):
