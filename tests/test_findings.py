@@ -48,8 +48,9 @@ def test_margins_of_two_rows_by_hand(claim, a, b, margins, half):
 
 
 def test_all_claims_must_hold_and_numbers_stand_for_rows():
-    holds = lambda *labels: findings.holds(findings.order(dict(a=dict(x=[1, 3])), "x", *labels))
+    holds = lambda *labels: findings.holds(findings.order(dict(a=dict(x=[1, 5])), "x", *labels))
     assert holds(-20, "a", 99) and not holds(-20, "a", 0) and not holds("a", "a")
+    assert not holds(0, "a")  # 3 above, within 1.96 * 2.828427 / sqrt(2) = 3.92
 
 
 def test_over_seeds_the_spread_of_the_seeds_counts_by_students_t():
