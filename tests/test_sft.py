@@ -34,20 +34,6 @@ def config_of(chain, out, **flags):
     return sft.Config(scale="tiny", out=str(out), device="cpu", **flags)
 
 
-@pytest.fixture
-def batches_of(monkeypatch):
-    """A function of a config -> {name: batches} of each model that sft.main would train with it."""
-    seen = {}
-
-    def train(run, gpt, tokenizer, optimizers, batches, *_, **__):
-        seen[os.path.basename(run.path)] = batches
-        run.begin(0, tokenizer, weights=gpt)
-        run.finish()
-
-    monkeypatch.setattr(sft, "train", train)
-    return lambda config: sft.main(config) or seen
-
-
 @pytest.mark.parametrize("size", [1, 12, 1024])  # rows one by one, two together, all
 def test_losses_are_means_over_unmasked_tokens_however_they_are_cut(size, monkeypatch):
     """valid_loss: over the tokens of all batches, without dropout."""
@@ -63,13 +49,16 @@ def test_losses_are_means_over_unmasked_tokens_however_they_are_cut(size, monkey
 
 
 @pytest.mark.parametrize("share, documents", [(0.0, 0), (0.01, 1), (0.5, 8)])
-def test_pretrain_share_of_the_rows_of_a_batch_are_documents(chain, tmp_path, batches_of, share, documents):
+def test_pretrain_share_of_the_rows_of_a_batch_are_documents(chain, tmp_path, monkeypatch, share, documents):
     """8 demonstrations: share / (1 - share) of them on top, at least one, but none for share 0. Each of them
     once in every epoch, in another order."""
-    batches = batches_of(config_of(chain, tmp_path, pretrain_share=share, sft_batch=8, sft_epochs=2))
-    rows = [str(row) for batch in batches["sft.pt"] for row in batch]
+    seen = []
+    monkeypatch.setattr(sft, "train", lambda run, gpt, tokenizer, optimizers, batches, *_: seen.append(batches))
+    sft.main(config_of(chain, tmp_path, pretrain_share=share, sft_batch=8, sft_epochs=2))
+    of_sft, of_ppo_init = seen
+    rows = [str(row) for batch in of_sft for row in batch]
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    assert len(batches["sft.pt"][0]) == 8 and len(batches["ppo_init.pt"][0]) == 8 + documents
+    assert len(of_sft[0]) == 8 and len(of_ppo_init[0]) == 8 + documents
     assert sorted(first) == sorted(second) and first != second
 
 
