@@ -1,6 +1,5 @@
 """Tests of reward.py: eq. 1, and the scores it is computed from."""
 
-import itertools
 import math
 import random
 
@@ -31,7 +30,7 @@ SCORES = [1.2, 0.4, -0.3, -1.1]
     ([s + 10 for s in SCORES], [1, 2, 3, 4], 0.273960),  # L3
     # L4: without (2,3), 1.643759 - 0.403186 = 1.240573, over the 5 pairs that are left (over 6: 0.206762)
     (SCORES, [1, 2, 2, 3], 0.248115),
-    (SCORES[:2] + [100.0, -100.0], [1, 2, 0, 0], 0.371101),  # empty slots
+    ([1.2, 100.0, 0.4, -100.0], [1, 0, 2, 0], 0.371101),  # empty slots
     # the mean over the pairs is taken once: divided twice, or not at all, ln 2 would depend on K
     *(([0.7] * K, list(range(1, K + 1)), math.log(2)) for K in (2, 5, 9)),
 ])
@@ -62,23 +61,6 @@ def test_every_prompt_weighs_the_same_however_many_pairs_it_has():
     ranks = torch.tensor([[1, 2, 3, 4, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8, 9]])
     assert float(reward.ranking_loss(scores[1:], ranks[1:])) == pytest.approx(0.232432, abs=1e-6)
     assert float(reward.ranking_loss(scores, ranks)) == pytest.approx(0.253196, abs=1e-6)
-
-
-def test_ranking_loss_as_a_double_loop():
-    rng = random.Random(0)
-    torch.manual_seed(0)
-    scores = torch.randn(40, 6, dtype=torch.float64)
-    ranks = [[rng.randint(0, 4) for _ in range(6)] for _ in range(40)]  # ties, and empty slots anywhere
-    per_prompt = []
-    for row, row_ranks in zip(scores.tolist(), ranks):
-        pairs = []
-        for w, l in itertools.permutations(range(6), 2):
-            if 0 < row_ranks[w] < row_ranks[l]:
-                pairs.append(math.log(1 + math.exp(-(row[w] - row[l]))))
-        if pairs:
-            per_prompt.append(sum(pairs) / len(pairs))
-    expected = sum(per_prompt) / len(per_prompt)
-    assert float(reward.ranking_loss(scores, torch.tensor(ranks))) == pytest.approx(expected, abs=1e-12)
 
 
 # -- comparisons in batches ----------------------------------------------------------------------------------
@@ -123,22 +105,6 @@ def test_comparisons_are_encoded_as_prompt_response_and_eot(chain):
     assert sampled == [prompt + [70, 71], prompt + [72, eot]]
 
 
-def test_the_reward_model_learns_a_simple_preference():
-    """One response ends in 9, the other in 3; after 60 steps the first scores higher, on prompts never seen."""
-    network = model.ScalarGPT.from_gpt(tiny_gpt(std=0.05))
-    optimizer, rng = sft.adamw(network, 1e-2), random.Random(0)
-
-    def group():
-        prompt = [rng.randrange(1, 11), rng.randrange(1, 11)]
-        return [prompt + [9], prompt + [3]], [1, 2]
-
-    for _ in range(60):
-        groups = [group() for _ in range(8)]
-        reward.ranking_loss(*reward.score_groups(network, groups, CPU)).backward()
-        sft.optimizer_step(network, [optimizer], 1.0, 1.0)
-    assert reward.evaluate(network, [group() for _ in range(50)], CPU)["accuracy"] > 0.95
-
-
 # -- judges, and the whole stage on untrained checkpoints ----------------------------------------------------
 
 
@@ -181,8 +147,9 @@ def run(chain, out, **flags):
 
 def test_demonstrations_score_zero_on_average_and_the_shift_changes_no_comparison(chain, tmp_path, dtypes):
     """J25, L7: the shift is the mean of the demonstrations' scores, taken from the head's bias; accuracy and
-    loss are those of the last step before it."""
-    run(chain, tmp_path, epochs=3, dtype="float32")
+    loss are those of the last step before it. The loss falls from the first epoch to the
+    third, on the same prompts."""
+    run(chain, tmp_path, epochs=3, dtype="float32", lr=3e-3)
     assert len(dtypes) == 15 and set(dtypes) == {"float32"}  # every step
     network, tokenizer = load(tmp_path, "reward", "reward")
     datasets = data.load(str(chain), "tiny", 1)
@@ -191,6 +158,8 @@ def test_demonstrations_score_zero_on_average_and_the_shift_changes_no_compariso
     assert sum(scores) / len(scores) == pytest.approx(0, abs=2e-6) and max(map(abs, scores)) > 0.01
     after = reward.evaluate(network, data.encode_comparisons(tokenizer, datasets["comparisons_valid"], 64), CPU)
     rows = rows_of(tmp_path / "reward.jsonl")
+    losses = [row["loss"] for row in rows[1:]]
+    assert sum(losses[10:]) < 0.95 * sum(losses[:5])
     assert after["accuracy"] == rows[-1]["accuracy"] and all(row["memory_gb"] > 0 for row in rows)
     assert after["valid_loss"] == pytest.approx(rows[-1]["valid_loss"], abs=1e-5)
 
