@@ -350,16 +350,18 @@ def run(chain, tmp_path_factory):
     return train(chain, tmp_path_factory.mktemp("run"), episodes=64, ppo_epochs=2)
 
 
-def test_every_response_is_used_exactly_once_per_pass(run):
+def test_every_response_is_used_once_per_pass_and_every_prompt_before_any_comes_again(run):
     """J27: in another order each time."""
     minibatches, passes = [given["minibatch"] for given in run.update_policy], []
     for i in range(0, 32, 4):
         rows, batch = torch.cat([m["row"] for m in minibatches[i : i + 4]]), run.credit[i // 8]["batch"]
-        for name, x in batch.items():
-            assert torch.equal(torch.cat([m[name] for m in minibatches[i : i + 4]]), x[rows])
+        assert all(torch.equal(torch.cat([m[x] for m in minibatches[i : i + 4]]), batch[x][rows]) for x in batch)
         passes.append(tuple(rows.tolist()))
     assert all(sorted(rows) == list(range(16)) for rows in passes) and len(set(passes)) == 8
     assert {len(m["row"]) for m in minibatches} == {4} and len(minibatches) == 32
+    prompts = [tuple(prompt) for given in run.rollout for prompt in given["prompts"]]
+    n = len(set(prompts))
+    assert 16 < len(prompts) - n and all(len(set(prompts[i : i + n])) == n for i in range(0, 65 - n, n))
 
 
 def test_only_policy_and_value_model_change_over_a_run(chain, run):
