@@ -169,6 +169,8 @@ def test_a_policy_and_a_reference_are_taken_by_path_if_their_encoding_is_that_of
     assert given["PPO-ptx", 1]["score"] == table["PPO-ptx", 1]["score"] != table["PPO init", 1]["score"]
     save_tiny(tmp_path / "ppo.pt", "policy", tiny_gpt(vocab_size=other.n_vocab, block_size=128), other)
     assert "have different encodings" in fails(table_of, tmp_path)
+    talk = eval.TalkConfig(out=str(tmp_path), device="cpu")
+    assert fails(eval.side_by_side, talk, []).startswith(f"the models in {tmp_path} have different encodings")
 
 
 def test_a_folder_of_data_has_a_table_without_what_only_the_world_knows(chain, tmp_path):

@@ -153,15 +153,6 @@ def test_bad_input_gets_one_line(monkeypatch, command, flag, message):
     assert fails(eval.talk, command, [flag, "--device=cpu"]).startswith(message)
 
 
-def test_compare_takes_no_models_of_different_encodings(out, tmp_path, monkeypatch):
-    piped(monkeypatch, "cat\n")
-    shutil.copy(f"{out}/base.pt", tmp_path)
-    other = data.Tokenizer.train(["another text, another text"], 260)
-    save_tiny(tmp_path / "ppo.pt", "policy", tiny_gpt(vocab_size=other.n_vocab), other)
-    message = f"the models in {tmp_path} have different encodings"
-    assert fails(eval.talk, "compare", [f"--out={tmp_path}", "--device=cpu"]).startswith(message)
-
-
 CHAT = "eval.py", "chat", "--device=cpu"
 
 
