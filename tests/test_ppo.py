@@ -172,19 +172,19 @@ PROMPTS = [[1, 2], [4, 5, 6, 7], [8], [3, 9], [1, 2], [10, 10, 10]] * 3
 PTX = (torch.tensor([[1, 2, 3, 4], [5, 6, 7, 0]]), torch.tensor([[True, True, True], [True, True, False]]))
 
 
-def roll(policy=None, ref=None, judge=None, is_mixed=True, **flags):
-    """One rollout of PROMPTS -> batch. Some of the responses end, the others are cut, or tests see nothing."""
-    policy, ref = policy or tiny_gpt(1), ref or tiny_gpt(2)
-    judge, generator = judge or reward.model_judge(tiny_scalar(3)), torch.Generator().manual_seed(2)
-    config = ppo.Config(max_new_tokens=6, **flags)
-    batch, _ = ppo.rollout(policy, ref, judge, PROMPTS, TOKENIZER, config, generator)
+def roll(is_mixed=True, **flags):
+    """One rollout of PROMPTS by tiny_gpt(1) beside the reference tiny_gpt(2), judged by tiny_scalar(3) ->
+    batch. Some of the responses end, the others are cut, or tests see nothing."""
+    config, luck = ppo.Config(max_new_tokens=6, **flags), torch.Generator().manual_seed(2)
+    judge = reward.model_judge(tiny_scalar(3))
+    batch, _ = ppo.rollout(tiny_gpt(1), tiny_gpt(2), judge, PROMPTS, TOKENIZER, config, luck)
     assert 3 < int(batch["ended"].sum()) < len(PROMPTS) - 3 or not is_mixed
     return batch
 
 
-def earn(batch, value_model=None, **flags):
-    """The batch of a rollout, and what its actions earned."""
-    return {**batch, **ppo.credit(batch, value_model or tiny_scalar(4), ppo.Config(**flags))}
+def earn(batch, **flags):
+    """The batch of a rollout, and what its actions earned, of which tiny_scalar(4) has the values."""
+    return {**batch, **ppo.credit(batch, tiny_scalar(4), ppo.Config(**flags))}
 
 
 def learner(**flags):
@@ -212,18 +212,17 @@ def several_forwards(monkeypatch):
 @pytest.mark.parametrize("temperature, filler", [(1.0, 0), (0.7, 7)])
 def test_rollout_and_values_by_full_forwards_of_each_row_alone(monkeypatch, temperature, filler):
     """J5: the mask holds the response with its eot. J1, J4, J13: the score is read at the last token of
-    prompt and response, and neither what stands behind nor a penalty moves it. J9, J12: log-probabilities of policy and reference
-    are those of the distribution that was sampled. values[:, t] has read tokens[:, :t + 1] and not the action
-    tokens[:, t + 1]. J26: all of it is constant for the update."""
-    policy, ref, reward_model, value_model = tiny_gpt(1), tiny_gpt(2), tiny_scalar(3), tiny_scalar(4)
-    judge, generate = reward.model_judge(reward_model), model.generate
+    prompt and response, and neither what stands behind nor a penalty moves it. J9, J12: log-probabilities of
+    policy and reference are those of the distribution that was sampled. values[:, t] has read tokens[:, :t + 1]
+    and not the action tokens[:, t + 1]. J26: all of it is constant for the update."""
+    generate, reward_model, value_model = model.generate, tiny_scalar(3), tiny_scalar(4)
 
     def filled(*args):
         tokens, lengths = generate(*args)
         return tokens.masked_fill(torch.arange(tokens.size(1)) >= lengths[:, None], filler), lengths
 
     monkeypatch.setattr(model, "generate", filled)
-    batch = earn(roll(policy, ref, judge, temperature=temperature), value_model, eot_penalty=5.0)
+    batch = earn(roll(temperature=temperature), eot_penalty=5.0)
     outside = ~batch["mask"]
     assert all((batch[name][outside] == 0).all() for name in ("values", "advantages", "returns"))
     for b, prompt in enumerate(PROMPTS):
@@ -232,7 +231,7 @@ def test_rollout_and_values_by_full_forwards_of_each_row_alone(monkeypatch, temp
         assert batch["mask"][b].nonzero().flatten().tolist() == columns
         assert (actions[-1] == EOT) == bool(batch["ended"][b]) and EOT not in actions[:-1]
         close(batch["scores"][b], reward_model(row)[0, -1], 1e-5)
-        for network, name in ((policy, "logprobs"), (ref, "ref_logprobs")):
+        for network, name in ((tiny_gpt(1), "logprobs"), (tiny_gpt(2), "ref_logprobs")):
             log_pi = (network(row)[0] / temperature).log_softmax(-1)
             close(batch[name][b, columns], log_pi[columns, actions], 1e-5)
         for t in columns:
@@ -242,9 +241,8 @@ def test_rollout_and_values_by_full_forwards_of_each_row_alone(monkeypatch, temp
 
 def test_responses_are_sampled_at_the_temperature_of_the_config():
     """J9: near temperature 0 sampling is greedy."""
-    policy = tiny_gpt(1)
-    batch = roll(policy, temperature=1e-4, is_mixed=False)
-    assert torch.equal(batch["tokens"], model.generate(policy, PROMPTS, 6, 0, EOT)[0])
+    batch = roll(temperature=1e-4, is_mixed=False)
+    assert torch.equal(batch["tokens"], model.generate(tiny_gpt(1), PROMPTS, 6, 0, EOT)[0])
 
 
 def test_returns_are_taken_before_whitening_and_advantages_after():
@@ -354,8 +352,9 @@ def test_every_response_is_used_once_per_pass_and_every_prompt_before_any_comes_
     """J27: in another order each time."""
     minibatches, passes = [given["minibatch"] for given in run.update_policy], []
     for i in range(0, 32, 4):
-        rows, batch = torch.cat([m["row"] for m in minibatches[i : i + 4]]), run.credit[i // 8]["batch"]
-        assert all(torch.equal(torch.cat([m[x] for m in minibatches[i : i + 4]]), batch[x][rows]) for x in batch)
+        batch, four = run.credit[i // 8]["batch"], minibatches[i : i + 4]
+        rows = torch.cat([m["row"] for m in four])
+        assert all(torch.equal(torch.cat([m[name] for m in four]), batch[name][rows]) for name in batch)
         passes.append(tuple(rows.tolist()))
     assert all(sorted(rows) == list(range(16)) for rows in passes) and len(set(passes)) == 8
     assert {len(m["row"]) for m in minibatches} == {4} and len(minibatches) == 32
