@@ -222,10 +222,7 @@ def test_a_row_leaves_after_its_eot_which_is_kept_and_changes_nothing_for_greedy
     prompts = [torch.randint(11, (n % 5 + 1,), generator=generator).tolist() for n in range(40)]
     tokens, lengths = model.generate(gpt, prompts, 12, temperature=0, eot=eot)
     expected = [greedy_by_definition(gpt, prompt, 12, eot) for prompt in prompts]
-    assert [row[:n] for row, n in zip(tokens.tolist(), lengths.tolist())] == expected
-    assert any(prompt[-1] == eot for prompt in prompts)
-    padding = torch.arange(lengths.max()) >= lengths[:, None]
-    assert padding.shape == tokens.shape and not tokens[padding].any()
+    assert same((tokens, lengths), model.pad(expected)) and any(prompt[-1] == eot for prompt in prompts)
     steps = [len(row) - len(prompt) for row, prompt in zip(expected, prompts)]
     assert len(set(steps)) >= 4 and len({len(logits) for logits in seen}) >= 3  # they end, and leave
     seen.clear()
