@@ -10,8 +10,7 @@ import data
 import model
 import ppo
 import reward
-import sft
-from conftest import CPU, close, fails, load, rows_of, tiny_gpt
+from conftest import CPU, close, fails, load, rows_of
 
 # L2: scores of four responses, best to worst. Differences and their -log sigmoid(d) = log(1 + e^-d):
 #   (1,2) 0.8 -> 0.371101   (1,3) 1.5 -> 0.201413   (1,4) 2.3 -> 0.095545
