@@ -60,19 +60,21 @@ class Config(Common):
     # ppo
     minibatch_size: Count = 32  # responses per optimizer step: 8 minibatches to a rollout (paper: 64)
     ppo_epochs: Count = 1  # passes over a rollout, as the paper
-    gamma: Share = 1.0  # no discount, as the paper
-    lam: Share = 0.95  # GAE lambda; not in the paper, 0.95 in its predecessors and successors
     cliprange: Rate = 0.2  # as the paper
-    cliprange_value: Rate = 0.2  # not in the paper
     ptx_coef: Amount = 0.1  # of the mean pretraining loss; the paper's gamma, 27.8; 0 is plain PPO
     ptx_ratio: Count = 1  # pretraining documents per response (paper: 8, which doubles the time)
 
     # optimisation
     lr: Rate = 3e-4  # constant after warm-up (paper: 2.55e-6 to 8.05e-6)
-    value_lr: Rate = 5e-4  # (paper: 9e-6)
     warmup: Count = 10  # iterations, from a tenth of lr, as the paper
     grad_clip: Rate = 1.0
     ema: Share = 0.992  # decay of the moving average of the weights, per step, as the paper
+
+    # value model
+    value_lr: Rate = 5e-4  # (paper: 9e-6)
+    cliprange_value: Rate = 0.2  # not in the paper
+    gamma: Share = 1.0  # no discount, as the paper
+    lam: Share = 0.95  # GAE lambda; not in the paper, 0.95 in its predecessors and successors
 
     log_every: Count = 5  # iterations between two printed lines; the file has them all
 
@@ -207,11 +209,11 @@ def rollout(policy, ref, judge, prompts, tokenizer, config, generator):
 def credit(batch, value_model, config):
     """Which action earned it: rollout()'s dict -> dict of values, advantages (whitened), returns (B, T-1)."""
     mask = batch["mask"]
-    values = model.by_length(model.masked_values, value_model, batch["tokens"], mask)
     # d. the reward of each token; a response that did not end loses a constant
     scores = batch["scores"] - config.eot_penalty * ~batch["ended"]
     rewards = kl_shaped_rewards(scores, batch["logprobs"], batch["ref_logprobs"], mask, config.beta)
     # e. advantages and returns, then whitening: returns keep the scale of the rewards
+    values = model.by_length(model.masked_values, value_model, batch["tokens"], mask)
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
     return dict(values=values, advantages=whiten(advantages, mask), returns=returns)
 
@@ -279,9 +281,9 @@ def minibatches(batch, documents, config, rng):
 
 
 def load_networks(config, datasets, device):
-    """-> policy, its frozen reference (the same checkpoint, if --ref is not given), value model, judge
-    (what scores responses: reward.score, or by --reward), tokenizer, PPO's prompts as rows with ids. All
-    networks are in eval mode, without dropout, and stay so."""
+    """-> policy, its frozen reference (the same checkpoint, if --ref is not given), reward model (for the
+    value model; with --reward=FILE.py None), judge (what scores responses: reward.score, or by --reward),
+    tokenizer, PPO's prompts as rows with ids. All networks are in eval mode, without dropout."""
     path = sft.where(config, "ppo_init")
     policy, tokenizer, _ = sft.load_network("policy", path, device)
     ref, of_ref, _ = sft.load_network("policy", config.ref or path, device)
@@ -290,32 +292,32 @@ def load_networks(config, datasets, device):
     encode = lambda part: data.encode_prompts(tokenizer, datasets[part], limit)
     rows, *_ = map(encode, ("prompts", "valid", "test"))  # too long for the last table: said now
     judge, reward_model = reward.load_judge(config, tokenizer, rows, device)
-    torch.manual_seed(config.seed)  # for a new value head, if there is no reward model
-    value_model = copy.deepcopy(reward_model) if reward_model else ScalarGPT.from_gpt(policy)
-    sizes = [sum(p.numel() for p in network.parameters()) for network in (policy, value_model)]
-    print(f"policy {sizes[0]:,} parameters, reward and value model {sizes[1]:,}")
-    return policy, ref, value_model, judge, tokenizer, rows
+    return policy, ref, reward_model, judge, tokenizer, rows
 
 
 def train(config):
     """Make ppo.pt in config.out from finished earlier checkpoints, or go on with it."""
     check_config(config)
-    # 1. four networks: the judge stands for the reward model
+    # 1. four networks, which stay in eval mode: the judge stands for the reward model
     datasets, device = data.load(config.data, config.scale, config.seed), sft.get_device(config.device)
-    policy, ref, value_model, judge, tokenizer, rows = load_networks(config, datasets, device)
-    run = Run("ppo", "policy", config, weights_of_the_start=sft.checksum(policy, ref, value_model))
+    policy, ref, reward_model, judge, tokenizer, rows = load_networks(config, datasets, device)
+    run = Run("ppo", "policy", config, weights_of_the_start=sft.checksum(policy, ref, reward_model or ref))
     if run.finished:
         return
     documents, _ = sft.documents_of(config, datasets, tokenizer, policy)
     gold = None if config.data else reward.gold_judge(tokenizer, rows)
     ema = copy.deepcopy(policy)
+    torch.manual_seed(config.seed)  # for a new value head, if there is no reward model
+    value_model = copy.deepcopy(reward_model) if reward_model else ScalarGPT.from_gpt(policy)
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (policy, value_model)]
+    print(f"policy {sizes[0]:,} parameters, reward and value model {sizes[1]:,}")
     optimizer, value_optimizer = sft.adamw(policy, config.lr), sft.adamw(value_model, config.value_lr)
     left = config.ema ** (config.episodes // config.minibatch_size * config.ppo_epochs)
     if left > 0.1:
         print(f"--ema={config.ema}: the saved average keeps {left:.0%} of the start")
     run.begin(
-        config.episodes // config.rollout_size, tokenizer, weights=ema, policy=policy,
-        value_model=value_model, optimizer=optimizer, value_optimizer=value_optimizer,
+        config.episodes // config.rollout_size, tokenizer, weights=ema, policy=policy, optimizer=optimizer,
+        value_model=value_model, value_optimizer=value_optimizer,
     )
     for iteration in run:
         # 2. prompts, each once before any comes again; responses, and which action earned what

@@ -41,7 +41,7 @@ def test_ppo_log_has_every_number_and_its_first_ratio_is_one(made):
     """J11, in the product: the first minibatch of every iteration. J26: kl is 0 before the first update, when
     the policy is the reference."""
     rows = rows_of(made[0] / "ppo.jsonl")
-    wanted = "score kl kl3 entropy clipfrac first_ratio explained_variance eot_rate length ptx_loss gold "
+    wanted = "score kl kl3 entropy clipfrac first_ratio eot_rate length ptx_loss gold "
     wanted += "seconds_generate seconds_score seconds_update tokens_s memory_gb"
     for row in rows:
         assert row.keys() >= set(wanted.split()) and abs(row["first_ratio"] - 1) < 1e-5
@@ -157,7 +157,7 @@ def refused(stage, *flags):
     ("ppo", "--seed=-1", "--seed=-1: expected a whole number, not below 0"),
     ("ppo", "--lr=nan", "--lr=nan: expected a number above 0"),
     ("ppo", "--beta=inf", "--beta=inf: expected a number, not below 0"),
-    ("ppo", "--lam=1.5", "--lam=1.5: expected a number from 0 to 1"),
+    ("ppo", "--ema=1.5", "--ema=1.5: expected a number from 0 to 1"),
     ("ppo", "--episodes=0", "--episodes=0: expected a whole number, at least 1"),
     ("ppo", "--episodes=1", "--episodes=1 is less than one rollout of 32"),
     ("sft", "--device=cuda:99", "--device=cuda:99 is not there: use one of "),
