@@ -674,7 +674,7 @@ def world_data(world, scale, seed):
     pages = [world.expand(page, {}, draw) for page in draw.choices(patterns, shares, k=sizes["documents"])]
     n_valid, shown = len(pages) // 40, sizes["demonstrations"]
     return dict(
-        pretrain=pages[n_valid:], pretrain_valid=pages[:n_valid], comparisons=None,
+        pretrain=pages[n_valid:], pretrain_valid=pages[:n_valid], comparisons=None, comparisons_valid=None,
         primer=[world.expand("{rollcall}", {}, draw) for _ in range(len(pages) // 5)],
         demonstrations=demonstrate(world, shown, "train", rng("demonstrations")),
         # Table 6: 1,653 for validation beside 12,725

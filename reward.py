@@ -133,7 +133,7 @@ def main(config):
 
     # 1. comparisons: read, or sampled and ranked here
     datasets = data.load(config.data, config.scale, config.seed)
-    rows, rows_valid = datasets["comparisons"], datasets.get("comparisons_valid")
+    rows, rows_valid = datasets["comparisons"], datasets["comparisons_valid"]
     if rows is None:
         rows, rows_valid = collect_for_world(config, start, tokenizer, datasets)
     encode = lambda part: data.encode_comparisons(tokenizer, part, start.config.block_size)
