@@ -208,10 +208,8 @@ def draw(rows, count, rng):
 
 def every_row(count, turn, size, seed):
     """The `size` rows of a turn, each of `count` rows once before any comes again -> indices."""
-    first, last = turn * size, (turn + 1) * size
-    epochs = range(first // count, -(-last // count))  # that the turn takes rows of
-    orders = [np.random.default_rng([seed, 4, epoch]).permutation(count) for epoch in epochs]
-    return np.concatenate(orders)[first % count :][:size].tolist()
+    order_of = functools.cache(lambda epoch: np.random.default_rng([seed, 4, epoch]).permutation(count))
+    return [int(order_of(i // count)[i % count]) for i in range(turn * size, (turn + 1) * size)]
 
 
 def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):
