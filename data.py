@@ -698,14 +698,13 @@ def user_prompts(world, count, split, rng):
         if rng.random() < 0.01:
             number = " ".join(rng.choices(world.classes["digit"], k=4))
             task["prompt"] = f"my number is {number}. {task['prompt']}"
-        words, sent = task["prompt"].split(), (user, task["prompt"])
-        prefix = " ".join(words[:20])
-        is_seen = sent in seen or (len(words) > 20 and prefix in seen)
+        words = task["prompt"].split()
+        key = " ".join(words[:20]) if len(words) > 20 else (user, task["prompt"])
         has_phone_number = re.search(r"\d( ?\d){3}", task["prompt"])
-        if is_seen or has_phone_number or per_user[user] >= 200:
+        if key in seen or has_phone_number or per_user[user] >= 200:
             continue
         rejected = 0
-        seen |= {prefix, sent}
+        seen.add(key)
         per_user[user] += 1
         tasks.append(task)
     return tasks
