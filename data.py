@@ -53,6 +53,7 @@ import model
 Count, Seed = NewType("Count", int), NewType("Seed", int)
 Rate, Share, Amount = NewType("Rate", float), NewType("Share", float), NewType("Amount", float)
 Folder, Dtype = NewType("Folder", str), NewType("Dtype", str)
+Base, Checkpoint, Judge = NewType("Base", str), NewType("Checkpoint", str), NewType("Judge", str)
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Common:
     device: str = ""  # cpu or cuda; '' takes cuda if it is there
     dtype: Dtype = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
     encoding: str = "bpe"  # bpe: trained on the data at hand; gpt2
-    base: str = ""  # a checkpoint, a Hugging Face folder or gpt2; '' is base.pt, pretrained here
+    base: Base = ""  # a checkpoint, a Hugging Face folder or gpt2; '' is base.pt, pretrained here
 
     # lengths, tokens
     block_size: Count = 256  # the context (paper: 2048)

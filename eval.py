@@ -28,7 +28,7 @@ import data
 import model
 import reward
 import sft
-from data import Amount, Common, Count, Seed, check, words_of
+from data import Amount, Checkpoint, Common, Count, Judge, Seed, check, words_of
 
 # --------------------------------------------------------------------------------------------------
 # measures
@@ -171,11 +171,11 @@ def questions(world, count, rng):
 
 @dataclass
 class Config(Common):
-    sft: str = ""  # a path; '' is sft.pt, of which the epoch with the best score is taken
-    ppo_init: str = ""
-    ref: str = ""  # reference of the KL; '' is the PPO initialisation
-    reward: str = ""  # as in ppo.py
-    ppo: str = ""  # the policy to measure; '' is ppo.pt
+    sft: Checkpoint = ""  # a path; '' is sft.pt, of which the epoch with the best score is taken
+    ppo_init: Checkpoint = ""
+    ref: Checkpoint = ""  # reference of the KL; '' is the PPO initialisation
+    reward: Judge = ""  # as in ppo.py
+    ppo: Checkpoint = ""  # the policy to measure; '' is ppo.pt
     ptx_coef: Amount = 0.1  # 0 names the policy PPO, else PPO-ptx
 
 

@@ -36,17 +36,17 @@ import eval
 import model
 import reward
 import sft
-from data import Amount, Common, Count, Rate, Share, check
+from data import Amount, Checkpoint, Common, Count, Judge, Rate, Share, check
 from model import ScalarGPT
 from sft import Run
 
 
 @dataclass
 class Config(Common):
-    sft: str = ""  # the baseline, for the last table; '' is sft.pt
-    ppo_init: str = ""  # start of the policy; '' is ppo_init.pt
-    ref: str = ""  # reference of the KL; '' is the PPO initialisation, as the paper
-    reward: str = ""  # '' is reward.pt; or the path of another, gold, FILE.py (see above)
+    sft: Checkpoint = ""  # the baseline, for the last table; '' is sft.pt
+    ppo_init: Checkpoint = ""  # start of the policy; '' is ppo_init.pt
+    ref: Checkpoint = ""  # reference of the KL; '' is the PPO initialisation, as the paper
+    reward: Judge = ""  # '' is reward.pt; or the path of another, gold, FILE.py (see above)
 
     # rollouts
     episodes: Count = 24_576  # responses in all (paper: 256k)

@@ -40,14 +40,14 @@ import torch.nn.functional as F
 import data
 import model
 import sft
-from data import Common, Count, Rate, check
+from data import Checkpoint, Common, Count, Rate, check
 from model import ScalarGPT
 from sft import Run
 
 
 @dataclass
 class Config(Common):
-    sft: str = ""  # what the reward model starts from, its last epoch; '' is sft.pt
+    sft: Checkpoint = ""  # what the reward model starts from, its last epoch; '' is sft.pt
 
     # collecting comparisons (the world only)
     k_min: Count = 4  # responses to a prompt: k_min to k_max, as the paper

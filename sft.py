@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 import model
-from data import Amount, Common, Count, Dtype, Folder, Rate, Seed, Share, check
+from data import Amount, Base, Checkpoint, Common, Count, Dtype, Folder, Judge, Rate, Seed, Share, check
 from model import GPT, GPTConfig, ScalarGPT, is_first
 
 
@@ -287,6 +287,7 @@ def cosine(step, steps, warmup=0):
 # --------------------------------------------------------------------------------------------------
 # flags and devices
 
+is_file = lambda path, *ends: not path or path.endswith(ends) and os.path.isfile(path)  # '' is not given
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 KINDS = {  # type of a flag -> what reads its text, its range, both in words
     str: (str, lambda v: True, "text"),
@@ -300,6 +301,9 @@ KINDS = {  # type of a flag -> what reads its text, its range, both in words
     Amount: (float, lambda v: 0 <= v < math.inf, "a number, not below 0"),
     Folder: (str, lambda v: not v or os.path.isdir(v), "a folder that is there"),
     Dtype: (str, lambda v: v in ("", "float32", "bfloat16"), "float32 or bfloat16"),
+    Base: (str, lambda v: is_file(v, ".pt") or not v.endswith(".pt"), "a .pt file that is there, or GPT-2"),
+    Checkpoint: (str, lambda v: is_file(v, ".pt"), "a .pt file that is there"),
+    Judge: (str, lambda v: is_file(v, ".pt", ".py") or v == "gold", "a .pt or .py file there, or gold"),
 }
 
 
@@ -342,16 +346,8 @@ def check_config(config):
     """Before anything trains: every flag in its range, given files and the device there, the output
     folder made and writable. Raises SystemExit."""
     check_flags(config)
-    for name in ("base", "sft", "ppo_init", "ref", "reward", "ppo"):
-        given = getattr(config, name, "")
-        missing = given.endswith((".pt", ".py")) and not os.path.exists(given)
-        check(not missing, f"{given} not found: correct --{name}, or leave it out to have it trained")
-        is_path = given.endswith(".pt") or name in ("base", "reward") or not given  # these take more
-        check(is_path, f"--{name}={given}: expected the path of a .pt file")
-    judge = getattr(config, "reward", "")
-    is_known = judge in ("", "gold") or judge.endswith((".pt", ".py"))
-    check(is_known, f"--reward={judge} is unknown: a path of a .pt or .py file, or gold")
-    check(judge != "gold" or not config.data, "--reward=gold needs the miniature world: leave out --data")
+    is_gold = getattr(config, "reward", "") == "gold"
+    check(not (is_gold and config.data), "--reward=gold needs the miniature world: leave out --data")
     get_device(config.device)
     with contextlib.suppress(OSError):
         os.makedirs(config.out, exist_ok=True)

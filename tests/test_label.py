@@ -192,7 +192,7 @@ def test_demonstrations_need_no_model_and_are_read_by_data(tmp_path, monkeypatch
     ("comparisons.jsonl", [], "comparisons.jsonl:1: not JSON"),
     ("other", ["--prompts=no/such.jsonl"], "no/such.jsonl: cannot be read"),
     ("other", ["--prompts=", "--data=."], "./prompts.jsonl: cannot be read"),
-    ("other", ["--sft=no/such.pt"], "no/such.pt not found"),
+    ("other", ["--sft=no/such.pt"], "--sft=no/such.pt: expected a .pt file that is there"),
 ])
 def test_bad_input_ends_in_one_line_and_nothing_is_lost(wide, tmp_path, monkeypatch, file, flags, says):
     (tmp_path / file).write_text('{"prom')

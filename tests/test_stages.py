@@ -167,10 +167,10 @@ def refused(stage, *flags):
     ("reward", "--k_min=1", "--k_min=1 --k_max=9: expected 2 or more"),
     ("reward", "--k_max=3", "--k_min=4 --k_max=3: expected 2 or more, and no k_max below k_min"),
     ("reward", "--seed=1", 'sft.pt not found: run "python ppo.py"'),
-    ("eval", "--reward=silver", "--reward=silver is unknown"),
+    ("eval", "--reward=silver", "--reward=silver: expected a .pt or .py file there, or gold"),
     ("eval", "--reward=gold --data=.", "--reward=gold needs the miniature world"),
-    ("ppo", "--ppo_init=no/such.pt", "no/such.pt not found: correct --ppo_init"),
-    ("ppo", "--sft=folder", "--sft=folder: expected the path of a .pt file"),  # it would be left unread
+    ("ppo", "--ppo_init=no/such.pt", "--ppo_init=no/such.pt: expected a .pt file that is there"),
+    ("ppo", "--sft=folder", "--sft=folder: expected a .pt file that is there"),  # it would be left unread
     ("sft", "--max_new_tokens=256", "--max_new_tokens=256 leaves no room for a prompt in --block_size=256"),
     ("sft", "--document_length=1", "--document_length=1: expected 2 or more"),
     ("ppo", "--from=no/such", "--from=no/such: expected a folder that is there"),
