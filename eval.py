@@ -194,11 +194,8 @@ class Models:
         paths = {name: sft.where(config, file) for name, file in {"GPT": "base", **self.tuned}.items()}
         self.policies, encodings = {}, []
         for name, path in paths.items():
-            if name == "GPT" and config.base and not config.base.endswith(".pt"):
-                self.policies[name] = model.GPT.from_pretrained(config.base).to(self.device).eval()
-            else:
-                self.policies[name], self.tokenizer, made = sft.load_network("policy", path, self.device)
-                encodings.append(self.tokenizer)
+            self.policies[name], self.tokenizer, made = sft.load_network("policy", path, self.device)
+            encodings.append(self.tokenizer)
         for flag in ("data", "seed", "max_new_tokens"):  # of the last, PPO's
             if (was := made["settings"].get(flag)) not in (None, getattr(config, flag)):
                 print(f"warning: {path} was made with --{flag}={was}")

@@ -148,12 +148,10 @@ def main(config):
     datasets = data.load(config.data, config.scale, config.seed)
 
     # 1. the base model: GPT-2, a checkpoint of ours, or pretrained here
-    if config.base and not config.base.endswith(".pt"):
-        base, tokenizer = GPT.from_pretrained(config.base), data.Tokenizer("gpt2")
-    else:
-        if where(config, "base") == os.path.join(config.out, "base.pt"):  # neither given nor only in --from
-            pretrain(config, datasets)
-        base, tokenizer, _ = load_network("policy", where(config, "base"), "cpu")
+    path = where(config, "base")
+    if path == os.path.join(config.out, "base.pt"):  # neither given nor only in --from
+        pretrain(config, datasets)
+    base, tokenizer, _ = load_network("policy", path, "cpu")
     parameters = sum(p.numel() for p in base.parameters())
     print(f"base: {parameters:,} parameters, vocabulary {tokenizer.n_vocab}")
     if tokenizer.name != config.encoding:
@@ -515,7 +513,7 @@ def where(config, name):
     """The path of an earlier checkpoint: as given, else in --out, else in --from."""
     paths = [os.path.join(folder, f"{name}.pt") for folder in (config.out, config.from_) if folder]
     given = getattr(config, name, "")
-    return given if given.endswith(".pt") else next(filter(os.path.exists, paths), paths[0])
+    return next(filter(os.path.exists, paths), paths[0]) if given in ("", "gold") else given
 
 
 def load_checkpoint(kind, path):
@@ -535,6 +533,8 @@ def load_checkpoint(kind, path):
 def load_network(kind, path, device, epoch=None):
     """-> GPT or ScalarGPT in eval mode, its tokenizer, its checkpoint. epoch: one of the kept epochs of
     sft.pt; None is the last. Raises SystemExit as load_checkpoint does, and if it is not finished."""
+    if not path.endswith(".pt"):  # GPT-2's weights, by name or in a folder
+        return GPT.from_pretrained(path).to(device).eval(), data.Tokenizer("gpt2"), {}
     checkpoint = load_checkpoint(kind, path)
     check(checkpoint["finished"], f"{path} is not finished: the command that began it goes on with it")
     network = GPT(GPTConfig(**{**checkpoint["config"], "dropout": 0.0}))  # dropout is for SFT only
