@@ -427,9 +427,8 @@ class World:
         kind = rng.choices(list(KIND_SHARES), KIND_SHARES.values())[0]
         if kind == "few_shot" and category not in self.few_shot:
             kind = "plain"
-        wording = rng
-        if kind == "user_based" and user is not None:  # a customer always uses the same words
-            wording = random.Random(f"{user} {category}")
+        # a customer always uses the same words
+        wording = random.Random(f"{user} {category}") if kind == "user_based" and user else rng
         block = wording.choice(self.blocks[category])
         pattern = wording.choice(block["prompts"])
         task = self.instance(block, pattern, rng)
