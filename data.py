@@ -1093,8 +1093,8 @@ def import_review(row):
     """text, and rating: stars of ten. All of its windows, of equal length so that length tells nothing.
     Demonstrations go on from the opening whatever the stars; only the reward model, for which "windows"
     are put into groups, sees which are liked."""
+    check_row(row, "text", "rating")
     text = re.sub(r"<br\s*/?>", " ", row["text"])
-    check_row({**row, "text": text}, "text", "rating")
     words = text.split()
     if len(words) <= OPENING:
         raise ValueError(f"a review of {len(words)} words: nothing follows its opening")
