@@ -106,7 +106,7 @@ def load(folder, scale, seed):
     demonstrations, demonstrations_valid  rows with prompt, response
     comparisons, comparisons_valid        rows with prompt, responses, ranks
     comparison_prompts                    the world has these instead: its labelers wait for samples,
-                                          and comparisons is None
+                                          and these two are None
     prompts, valid, test                  rows with prompt: for PPO, for choices, for the last table
 
     Made once in a process; do not write into it. Raises SystemExit if a folder cannot be used.
@@ -1068,11 +1068,7 @@ def import_oasst(row):
 
 def import_instructions(row):
     """instruction; input or context, or none; output, response or text. self-instruct: a list of
-    instances. A copy of dolly: prompt in Alpaca's template, which we take apart, and answer."""
-    if "answer" in row:
-        _, instruction, *context, _ = re.split(r"\s*### \w+:\s*", row["prompt"])
-        response = row["answer"].removesuffix("###eos_token###")  # sic, in each row
-        row = dict(instruction=instruction, context="\n".join(context), response=response)
+    instances."""
     for instance in row.get("instances", [{}]):
         task = {**row, **instance}
         response = next((key for key in ("output", "response", "text") if key in task), "output")

@@ -227,9 +227,7 @@ def test_oasst_ranks_demonstrations_and_dialogues(tmp_path):
     ("alpaca", {"instruction": "add", "input": "1 2", "output": "3"}),
     ("self-instruct", {"instruction": "add", "instances": [{"input": "1 2", "output": "3"}]}),
     ("dolly", {"instruction": "add", "context": "1 2", "response": "3", "category": "qa"}),
-    ("dolly", {"instruction": "add\n1 2", "text": "3", "decoded": "machine text"}),
-    ("dolly", {"prompt": "Below ..\n\n### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:",
-               "answer": "3###eos_token###"})])
+    ("dolly", {"instruction": "add\n1 2", "text": "3", "decoded": "machine text"})])
 def test_instruction_formats_write_the_same_prompt(tmp_path, format, row):
     made, unused = imported(tmp_path, format, [row, {"instruction": "add"}])
     category = {"category": "qa"} if "category" in row else {}
@@ -370,7 +368,7 @@ def test_real_text(monkeypatch):
     ("hh-rlhf", 1800, 4, ["comparisons/hh_rlhf/harmless_base_test_first1800.jsonl"]),  # empty replies
     ("oasst", 75, 0, ["comparisons/oasst_trees/en_tree_first75.jsonl"]),
     ("self-instruct", 175, 0, ["sft/self_instruct/seed_tasks.jsonl"]),
-    ("dolly", 4951, 0, ["sft/dolly_human/rows_0000_4799.jsonl", "sft/dolly_prompted/dolly.jsonl"]),
+    ("dolly", 4800, 0, ["sft/dolly_human/rows_0000_4799.jsonl"]),
     ("imdb", 5000, 0, ["sentiment/imdb/train_2500pos_2500neg.jsonl"]),
     ("sentence-polarity", 8662, 254, [  # of five words or less
         f"sentiment/sentence_polarity/rt-polarity_first4331.{end}" for end in ("neg", "pos")]),
