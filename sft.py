@@ -212,8 +212,7 @@ def fine_tune(name, config, base, tokenizer, datasets):
     batches = []
     for epoch in range(epochs):
         rng = np.random.default_rng([config.seed, 100 + epoch])
-        order = rng.permutation(len(pairs))
-        for chosen in data.cut(order, config.sft_batch):
+        for chosen in data.cut(rng.permutation(len(pairs)), config.sft_batch):
             batch = [pairs[i] for i in chosen]
             rows = math.ceil(len(batch) * share / (1 - share))
             batches.append(batch + data.draw(documents, rows, rng))
@@ -411,8 +410,7 @@ class Run:
         if os.path.exists(self.path) and not config.fresh:
             self.state = load_checkpoint(kind, self.path)
             # a flag that the checkpoint does not know was at its default
-            defaults = {field.name: field.default for field in fields(config)}
-            then = {**now, **defaults, **self.state["settings"]}
+            then = {**now, **asdict(type(config)()), **self.state["settings"]}
             differ = [f"--{k}={then[k]} there, {now[k]} now" for k in now if then[k] != now[k]]
             flags = f"{self.path} was made with other flags ({', '.join(differ)})"
             check(not differ, f"{flags}: choose another --out, or --fresh")
