@@ -347,7 +347,7 @@ def main(config):
     _, documents = sft.documents_of(config, models.datasets, models.tokenizer, models.ref)
     for row in table:
         if row["model"] in models.policies and row["T"] == 1:
-            row["pretrain_loss"] = sft.valid_loss(models.policies[row["model"]], documents)
+            row["pretrain_loss"] = sft.valid_loss(models.policies[row["model"]], *documents)
     print_table(table)
     report = world_report(models) if world else {}
     contents = dict(table=table, report=report, prompts=len(models.prompts), sft_epochs=models.by_epoch)

@@ -94,24 +94,20 @@ def lm_loss(gpt, tokens, mask):
 
 
 @torch.no_grad()
-def valid_loss(gpt, batches):
-    """Mean loss over all unmasked tokens of batches (tokens, mask), nats per token, without dropout."""
-    gpt.eval()
-    device, total, count = gpt.lm_head.weight.device, 0.0, 0
-    for tokens, mask in batches:
-        total += float(lm_loss(gpt, tokens.to(device), mask.to(device))) * int(mask.sum())
-        count += int(mask.sum())
-    return total / count
+def valid_loss(gpt, tokens, mask):
+    """lm_loss of held-out rows, without dropout -> float, nats per token."""
+    device = gpt.lm_head.weight.device
+    return float(lm_loss(gpt.eval(), tokens.to(device), mask.to(device)))
 
 
 def train(run, gpt, tokenizer, optimizers, batches, valid, config, keep={}, warmup=0):
     """The loop of every stage, in its simplest form: one step is batch, loss, backward, update, log.
 
     run: a Run, below the bar. optimizers: by name. batches: for each step its rows, pairs of (prompt ids,
-    response ids). valid: {name: list of (tokens, mask)}, losses to log. keep: {step: epoch}, weights to keep.
+    response ids). valid: {name: (tokens, mask)}, losses to log. keep: {step: epoch}, weights to keep.
     """
     run.begin(len(batches), tokenizer, weights=gpt, **optimizers)
-    losses = lambda: {name: valid_loss(gpt, held_out) for name, held_out in valid.items()}
+    losses = lambda: {name: valid_loss(gpt, *held_out) for name, held_out in valid.items()}
     if run.step == 0:
         run.log(**losses())  # the untrained number is the baseline
     seen = 0
@@ -217,21 +213,20 @@ def fine_tune(name, config, base, tokenizer, datasets):
             rows = math.ceil(len(batch) * share / (1 - share))
             batches.append(batch + data.draw(documents, rows, rng))
     keep = {len(batches) // epochs * epoch: epoch for epoch in kept_epochs}
-    valid = [data.demonstration_batch(valid, config.train_on_prompts)]
+    valid = data.demonstration_batch(valid, config.train_on_prompts)
     held_out = dict(valid_loss=valid, pretrain_loss=valid_documents)
     train(run, gpt, tokenizer, dict(adamw=adamw(gpt, lr)), batches, held_out, config, keep)
 
 
 def documents_of(config, datasets, tokenizer, gpt):
-    """-> the pretraining documents as pairs of ids, and of those held out 16k tokens, in batches, the
+    """-> the pretraining documents as pairs of ids, and of those held out 16k tokens as (tokens, mask), the
     same for every stage and the last table, so that the pretraining losses of all models compare."""
     length = min(config.document_length, gpt.config.block_size)
     check(length > 1, f"--document_length={length}: expected 2 or more, a token and what follows it")
     encode = lambda part: data.encode_documents(tokenizer, tuple(datasets[part]), length)
     documents, valid = encode("pretrain"), encode("pretrain_valid")
     totals = np.cumsum([1 + len(rest) for _, rest in valid])
-    valid = valid[: max(1, int((totals <= 16_384).sum()))]
-    return documents, [data.demonstration_batch(batch) for batch in data.cut(valid, 32)]
+    return documents, data.demonstration_batch(valid[: max(1, int((totals <= 16_384).sum()))])
 
 
 # ==================================================================================================

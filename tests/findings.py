@@ -361,7 +361,7 @@ class Chain(eval.Models):
             tasks = self.benchmark(name, shots)
             row = found[f"{name}, {shots} shots"] = dict(tasks)
             row["tasks"] = [statistics.mean(map(statistics.mean, tasks.values()))]
-            row["pretrain loss"] = [sft.valid_loss(self.policies[name], documents)]
+            row["pretrain loss"] = [sft.valid_loss(self.policies[name], *documents)]
             samples = zip(*(self.respond(name, self.prompts, seed=seed) for seed in (1, 2, 3)))
             row["gold"] = [statistics.mean(gold(t, x) for x in of) for t, of in zip(self.tasks, samples)]
         claims = {}
@@ -413,7 +413,7 @@ class Chain(eval.Models):
             row = dict(loss=(-totals / counts).tolist(), gold=gold, score=self.scores(prompts, given))
             found[f"epoch {epoch}"] = row
         shown = self.encoded(self.datasets["demonstrations_valid"], data.encode_pairs)
-        loss_of = lambda epoch: sft.valid_loss(self.policies[epoch], [data.demonstration_batch(shown)])
+        loss_of = lambda epoch: sft.valid_loss(self.policies[epoch], *data.demonstration_batch(shown))
         best = min(found, key=loss_of)  # chosen on other rows than it is measured on
         two, claims = {"epoch of the best loss": found[best], "last": list(found.values())[-1]}, {}
         for column in ("loss", "score", "gold"):

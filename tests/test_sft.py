@@ -36,7 +36,7 @@ def config_of(chain, out, **flags):
 
 @pytest.mark.parametrize("size", [1, 12, 1024])  # rows one by one, two together, all
 def test_losses_are_means_over_unmasked_tokens_however_they_are_cut(size, monkeypatch):
-    """valid_loss: over the tokens of all batches, without dropout."""
+    """valid_loss: without dropout."""
     monkeypatch.setitem(model.MICROBATCH_TOKENS, "cpu", size)
     gpt = tiny_gpt()
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0], [4, 4, 0, 0, 0, 0], [3, 1, 2, 5, 0, 0]])
@@ -44,8 +44,7 @@ def test_losses_are_means_over_unmasked_tokens_however_they_are_cut(size, monkey
     mask[0, 1:] = mask[1, :2] = mask[3, 0] = True  # row 2 has nothing that counts, row 3 stops counting early
     expected = -model.token_logprobs(gpt(tokens), tokens)[mask].mean().item()
     assert sft.lm_loss(gpt, tokens, mask).item() == pytest.approx(expected, abs=1e-5)
-    parts = (tokens[:1], mask[:1]), (tokens[1:], mask[1:])
-    assert sft.valid_loss(tiny_gpt(dropout=0.5).train(), parts) == pytest.approx(expected, abs=1e-5)
+    assert sft.valid_loss(tiny_gpt(dropout=0.5).train(), tokens, mask) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("share, documents", [(0.0, 0), (0.01, 1), (0.5, 8)])
