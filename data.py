@@ -61,9 +61,9 @@ class Common:
     # where and what
     scale: str = "cpu"  # tiny, cpu, gpu, gpt2: other defaults, COMMON_SCALES here and SCALES of a stage
     out: str = "out"  # folder for checkpoints and logs
-    from_: Folder = ""  # --from=DIR: earlier stages that --out lacks are taken from there
+    from_: Folder = ""  # --from=DIR: earlier models that --out lacks are taken from there
     fresh: bool = False  # make this stage anew, over what it left in --out
-    seed: Seed = 1
+    seed: Seed = 1  # of the data, their split, weights, order and samples alike
     data: Folder = ""  # of dataset files; '' is the miniature world
     device: str = ""  # cpu or cuda; '' takes cuda if it is there
     dtype: Dtype = ""  # of activations, float32 or bfloat16; '' is bfloat16 on a GPU
@@ -172,7 +172,7 @@ def fitting(rows, length, limit, name):
     kept = [row for row in rows if length(row) <= limit]
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} {name}: longer than {limit} tokens")
-    check(kept, f"all {len(rows)} {name} exceed {limit} tokens: raise --block_size or cut them")
+    check(kept, f"all {len(rows)} {name} exceed {limit} tokens: raise --block_size, lower --max_new_tokens")
     return kept
 
 
@@ -1138,7 +1138,7 @@ def import_rows(format, paths):
             except (ValueError, AttributeError, KeyError, TypeError) as why:
                 unused.append(f"{path}:{place}: unusable row ({why})")
     first = (unused + [f"{paths[0]}:1: the file is empty"])[0]
-    check(files, f"{first}: no row can be used, is the file {format}?")
+    check(files, f"{first}: no row can be used: is the file {format}, its name's ending right?")
     windows = files.pop("windows", [])
     random.Random(0).shuffle(windows)
     for group in cut(windows, 6):

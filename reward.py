@@ -220,8 +220,8 @@ def own_reward(path):
         try:
             return function(*given)
         except Exception as why:
-            last = traceback.extract_tb(why.__traceback__)[-1]
-            raise SystemExit(f"{path}: {why!r} (line {last.lineno} of {last.filename})") from why
+            lines = [at.lineno for at in traceback.extract_tb(why.__traceback__) if at.filename == path]
+            raise SystemExit(f"{path}: {why!r} (line {(lines or '?')[-1]} of it)") from why
 
     function = called(runpy.run_path, path).get("reward")
     check(callable(function), f"{path} defines no function reward(prompts, responses)")
@@ -261,7 +261,7 @@ def collect(name, tasks, policies, tokenizer, world, labelers, config, mixture):
     ids (a text encoded again may fall into other tokens); they are the log of a run, out/NAME.jsonl."""
     sources = sft.checksum(*(policies[source] for source in mixture if source in policies))
     others = dict(mixture=str(mixture), weights_of_the_sources=sources)  # make other rows
-    run = Run(name, "comparisons", config, ("epochs", "batch", "lr", "grad_clip"), **others)
+    run = Run(name, "comparisons", config, ignore=("epochs", "batch", "lr", "grad_clip"), **others)
     if run.finished:
         return data.read_jsonl(run.log_path)
     run.begin(-(-len(tasks) // CHUNK))

@@ -310,9 +310,9 @@ def parse(Config, scales, argv):
     for argument in argv:
         name, has_value, text = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(known)
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or ["help"]
         is_flag = argument.startswith("--") and name in known
-        check(is_flag, f"unknown flag {argument}: did you mean {', '.join('--' + n for n in near)}?")
+        check(is_flag, f"{sys.argv[0]} has no {argument}: did you mean {', '.join('--' + n for n in near)}?")
         field = known[name]
         check(has_value or field.type is bool, f"--{name} needs a value: write --{name}=VALUE")
         read, _, wanted = KINDS[field.type]
@@ -398,8 +398,8 @@ class Run:
     def __init__(self, name, kind, config, ignore=(), **more):
         self.config, self.device = config, get_device(config.device)
         self.path, self.log_path = (os.path.join(config.out, name + end) for end in (".pt", ".jsonl"))
-        stage = sys.modules[type(config).__module__]
-        files = [open(m.__file__, "rb").read() for m in (model, data, sys.modules[__name__], stage)]
+        files = model.__file__, data.__file__, __file__, sys.modules[type(config).__module__].__file__
+        files = [open(f, "rb").read() for f in (*files, getattr(config, "reward", "")) if f.endswith(".py")]
         now, code = {**settings_of(config, ignore), **more}, zlib.crc32(b"".join(files))
         self.state = dict(step=0, finished=False)
         if os.path.exists(self.path) and not config.fresh:

@@ -431,9 +431,9 @@ def test_the_checkpoint_holds_the_moving_average(chain, tmp_path):
         assert not same(found["policy"], start)
 
 
-def test_a_reward_of_your_own(chain, tmp_path):
+def test_a_reward_of_your_own(chain, tmp_path, capsys):
     """--reward=FILE.py: whole numbers of texts; no reward model is needed or made, from chain to table. The
-    value model has a head of its own, a function of the seed."""
+    value model has a head of its own, a function of the seed. A file that has changed since is noticed."""
     (tmp_path / "mine.py").write_text("def reward(prompts, responses):\n    return list(map(len, responses))\n")
     shutil.copytree(chain, tmp_path / "earlier", ignore=shutil.ignore_patterns("reward.pt"))
     flags = dict(reward=str(tmp_path / "mine.py"), from_=str(tmp_path / "earlier"))
@@ -444,6 +444,11 @@ def test_a_reward_of_your_own(chain, tmp_path):
     assert same(weights_of(tmp_path / "a" / "ppo.pt"), weights_of(tmp_path / "b" / "ppo.pt"))
     row = rows_of(tmp_path / "a" / "ppo.jsonl")[0]
     assert row["score"] * 16 == round(row["score"] * 16) > 16  # a mean of 16 lengths
+    ppo.train(config_of(chain, tmp_path / "a", **flags))
+    assert "warning" not in capsys.readouterr().out
+    (tmp_path / "mine.py").write_text("def reward(prompts, responses):\n    return [0.0] * len(prompts)\n")
+    ppo.train(config_of(chain, tmp_path / "a", **flags))
+    assert "ppo.pt was made by other code: --fresh makes it anew" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(chain, tmp_path):
