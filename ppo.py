@@ -17,7 +17,7 @@ Differs from the paper in:
     2. beta, ptx_coef and the learning rates fit a small model and its reward scale; the paper's stand
        in the comments.
 
-    python ppo.py                  trains what is missing before it; 10 to 13 minutes on two CPU cores
+    python ppo.py                  trains what is missing before it; 10 to 14 minutes on two CPU cores
     python ppo.py --scale=tiny     the whole chain in seconds; its numbers mean nothing
     python ppo.py --ptx_coef=0     plain PPO
     python ppo.py --reward=gold    the world's gold preference in place of the reward model: the bound
