@@ -106,7 +106,7 @@ def load(folder, scale, seed):
     demonstrations, demonstrations_valid  rows with prompt, response
     comparisons, comparisons_valid        rows with prompt, responses, ranks
     comparison_prompts                    the world has these instead: its labelers wait for samples,
-                                          and these two are None
+                                          and comparisons, comparisons_valid are None
     prompts, valid, test                  rows with prompt: for PPO, for choices, for the last table
 
     Made once in a process; do not write into it. Raises SystemExit if a folder cannot be used.
@@ -172,7 +172,7 @@ def fitting(rows, length, limit, name):
     kept = [row for row in rows if length(row) <= limit]
     if len(kept) < len(rows):
         print(f"dropped {len(rows) - len(kept)} of {len(rows)} {name}: longer than {limit} tokens")
-    check(kept, f"all {len(rows)} {name} exceed {limit} tokens: raise --block_size, lower --max_new_tokens")
+    check(kept, f"all {len(rows)} {name} exceed {limit} tokens: raise --block_size or cut them")
     return kept
 
 
@@ -210,7 +210,8 @@ def draw(rows, count, rng):
 def every_row(count, turn, size, seed):
     """The `size` rows of a turn, each of `count` rows once before any comes again -> indices."""
     order_of = functools.cache(lambda epoch: np.random.default_rng([seed, 4, epoch]).permutation(count))
-    return [int(order_of(i // count)[i % count]) for i in range(turn * size, (turn + 1) * size)]
+    places = range(turn * size, (turn + 1) * size)
+    return [int(order_of(place // count)[place % count]) for place in places]
 
 
 def sample(policy, tokenizer, prompts, max_new_tokens, temperature, generator):

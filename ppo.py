@@ -298,17 +298,17 @@ def load_networks(config, datasets, device):
 def train(config):
     """Make ppo.pt in config.out from finished earlier checkpoints, or go on with it."""
     check_config(config)
-    # 1. four networks, which stay in eval mode: the judge stands for the reward model
+    # 1. three networks, in eval mode as the value model below; the judge stands for the reward model
     datasets, device = data.load(config.data, config.scale, config.seed), sft.get_device(config.device)
     policy, ref, reward_model, judge, tokenizer, rows = load_networks(config, datasets, device)
-    run = Run("ppo", "policy", config, weights_of_the_start=sft.checksum(policy, ref, reward_model or ref))
+    run = Run("ppo", "policy", config, weights_of_the_start=sft.checksum(policy, ref, reward_model))
     if run.finished:
         return
     documents, _ = sft.documents_of(config, datasets, tokenizer, policy)
     gold = None if config.data else reward.gold_judge(tokenizer, rows)
     ema = copy.deepcopy(policy)
     torch.manual_seed(config.seed)  # for a new value head, if there is no reward model
-    value_model = copy.deepcopy(reward_model) if reward_model else ScalarGPT.from_gpt(policy)
+    value_model = copy.deepcopy(reward_model) if reward_model else ScalarGPT.from_gpt(policy).eval()
     sizes = [sum(p.numel() for p in network.parameters()) for network in (policy, value_model)]
     print(f"policy {sizes[0]:,} parameters, reward and value model {sizes[1]:,}")
     optimizer, value_optimizer = sft.adamw(policy, config.lr), sft.adamw(value_model, config.value_lr)

@@ -199,7 +199,8 @@ def gold_judge(tokenizer, rows):
     """The gold preference of the world as a judge of responses to these prompts."""
     world, tasks = data.World(), {tokenizer.decode(row["ids"]): row for row in rows}
     gold = lambda prompt, text: world.gold(tasks[prompt], text)["gold"]
-    return partial(judge_texts, lambda *texts: map(gold, *texts), tokenizer)
+    golds = lambda prompts, responses: map(gold, prompts, responses)
+    return partial(judge_texts, golds, tokenizer)
 
 
 def judge_texts(function, tokenizer, tokens, prompt_lengths, lengths):
@@ -221,7 +222,8 @@ def own_reward(path):
             return function(*given)
         except Exception as why:
             lines = [at.lineno for at in traceback.extract_tb(why.__traceback__) if at.filename == path]
-            raise SystemExit(f"{path}: {why!r} (line {(lines or '?')[-1]} of it)") from why
+            place = f" (line {lines[-1]} of it)" if lines else ""  # none: a SyntaxError, or what it returned
+            raise SystemExit(f"{path}: {why!r}{place}") from why
 
     function = called(runpy.run_path, path).get("reward")
     check(callable(function), f"{path} defines no function reward(prompts, responses)")

@@ -279,7 +279,7 @@ def cosine(step, steps, warmup=0):
 # --------------------------------------------------------------------------------------------------
 # flags and devices
 
-is_file = lambda path, *ends: not path or path.endswith(ends) and os.path.isfile(path)  # '' is not given
+is_fit = lambda path, *ends: path == "" or (path.endswith(ends) and os.path.isfile(path))  # '': not given
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 KINDS = {  # type of a flag -> what reads its text, its range, both in words
     str: (str, lambda v: True, "text"),
@@ -293,9 +293,9 @@ KINDS = {  # type of a flag -> what reads its text, its range, both in words
     Amount: (float, lambda v: 0 <= v < math.inf, "a number, not below 0"),
     Folder: (str, lambda v: not v or os.path.isdir(v), "a folder that is there"),
     Dtype: (str, lambda v: v in ("", "float32", "bfloat16"), "float32 or bfloat16"),
-    Base: (str, lambda v: is_file(v, ".pt") or not v.endswith(".pt"), "a .pt file that is there, or GPT-2"),
-    Checkpoint: (str, lambda v: is_file(v, ".pt"), "a .pt file that is there"),
-    Judge: (str, lambda v: is_file(v, ".pt", ".py") or v == "gold", "a .pt or .py file there, or gold"),
+    Base: (str, lambda v: is_fit(v, ".pt") or not v.endswith(".pt"), "a .pt file that is there, or GPT-2"),
+    Checkpoint: (str, lambda v: is_fit(v, ".pt"), "a .pt file that is there"),
+    Judge: (str, lambda v: is_fit(v, ".pt", ".py") or v == "gold", "a .pt or .py file there, or gold"),
 }
 
 
@@ -380,8 +380,8 @@ def settings_of(config, ignore=()):
 
 
 def checksum(*networks):
-    """A number that changes with the weights of these networks."""
-    weights = (w for network in networks for w in network.state_dict().values())
+    """A number that changes with the weights of these networks, of which some may be None."""
+    weights = (w for network in filter(None, networks) for w in network.state_dict().values())
     return zlib.crc32(b"".join(w.cpu().numpy().tobytes() for w in weights))
 
 
@@ -503,10 +503,11 @@ class Run:
 
 
 def where(config, name):
-    """The path of an earlier checkpoint: as given, else in --out, else in --from."""
+    """Where an earlier model is: as given (a base by GPT-2's name, too), else in --out, else in --from."""
     paths = [os.path.join(folder, f"{name}.pt") for folder in (config.out, config.from_) if folder]
     given = getattr(config, name, "")
-    return next(filter(os.path.exists, paths), paths[0]) if given in ("", "gold") else given
+    is_given = given and (name, given) != ("reward", "gold")  # gold has no file
+    return given if is_given else next(filter(os.path.exists, paths), paths[0])
 
 
 def load_checkpoint(kind, path):
@@ -524,8 +525,8 @@ def load_checkpoint(kind, path):
 
 
 def load_network(kind, path, device, epoch=None):
-    """-> GPT or ScalarGPT in eval mode, its tokenizer, its checkpoint. epoch: one of the kept epochs of
-    sft.pt; None is the last. Raises SystemExit as load_checkpoint does, and if it is not finished."""
+    """-> GPT or ScalarGPT in eval mode, its tokenizer, its checkpoint, {} for GPT-2's weights. epoch: one of
+    the kept ones of sft.pt; None is the last. Raises SystemExit as load_checkpoint, or if not finished."""
     if not path.endswith(".pt"):  # GPT-2's weights, by name or in a folder
         return GPT.from_pretrained(path).to(device).eval(), data.Tokenizer("gpt2"), {}
     checkpoint = load_checkpoint(kind, path)

@@ -232,7 +232,7 @@ def test_the_recipes_run_as_printed(made, tmp_path):
         line = re.sub(r"python (\w+\.py)", rf"{sys.executable} {ROOT}/\1", line)
         done = subprocess.run(line, shell=True, cwd=tmp_path, input=typed, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert "agreement" not in line or re.search("agreement (1.000|0.)", done.stdout)
+        assert "agreement" not in line or re.search(r"agreement (1\.000|0\.)", done.stdout)
     outs = re.findall(r"ppo\.py .*--out=(\S+)", "\n".join(lines))
     assert len(outs) > 2 and all(sft.is_finished("policy", f"{tmp_path}/{out}/ppo.pt") for out in outs)
     rows = rows_of(tmp_path / "labels" / "comparisons.jsonl")

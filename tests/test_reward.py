@@ -86,13 +86,12 @@ def test_accuracy_is_the_share_of_untied_pairs_in_the_labelers_order():
 
 
 def test_valid_loss_is_a_mean_over_prompts():
-    """32 prompts with score difference 2 as ranked, log(1 + e^-2) = 0.126928 each, and one that is the wrong
-    way round, log(1 + e^2) = 2.126928; (32 * 0.126928 + 2.126928) / 33 = 0.187534. A tied prompt counts
-    nowhere."""
-    right, wrong, tied = ([[1, 5], [1, 3]], [1, 2]), ([[1, 3], [1, 5]], [1, 2]), ([[1, 5], [1, 3]], [1, 1])
-    for groups in ([right] * 32 + [wrong], [right] * 31 + [wrong, right] + [tied] * 40):
-        found = reward.evaluate(LastId(), groups, CPU)
-        assert found["valid_loss"] == pytest.approx(0.187534, abs=1e-6)
+    """A prompt with score difference 2 as ranked, log(1 + e^-2) = 0.126928, and one of three responses all of
+    whose pairs are the wrong way round, by 2, 2 and 4: (2 * 2.126928 + 4.018150) / 3 = 2.757335; the mean of the
+    two is 1.442132, over the four pairs it would be 2.099733. A tied prompt counts nowhere."""
+    right, wrong, tied = ([[1, 5], [1, 3]], [1, 2]), ([[1, 3], [1, 5], [1, 7]], [1, 2, 3]), ([[1, 5], [1, 3]], [1, 1])
+    found = reward.evaluate(LastId(), [right, tied, wrong, tied], CPU)
+    assert found["valid_loss"] == pytest.approx(1.442132, abs=1e-6)
 
 
 def test_comparisons_are_encoded_as_prompt_response_and_eot(chain):

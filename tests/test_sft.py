@@ -97,9 +97,9 @@ def test_cosine_decays_to_a_tenth():
 
 
 def test_the_primer_is_the_warm_up_of_pretraining_and_a_row_a_piece_of_a_document(tmp_path, monkeypatch):
-    factors, rows, batch = [], [], data.demonstration_batch
+    factors, rows, train = [], [], sft.train
     step = lambda network, optimizers, factor, grad_clip: factors.append(factor)
-    monkeypatch.setattr(data, "demonstration_batch", lambda pairs, *_: rows.extend(pairs) or batch(pairs))
+    monkeypatch.setattr(sft, "train", lambda *x, **y: rows.extend(sum(x[4], [])) or train(*x, **y))  # batches
     monkeypatch.setattr(sft, "optimizer_step", step)
     monkeypatch.setattr(sft, "fine_tune", lambda *_: None)
     flags = "--scale=tiny --device=cpu --base_steps=10 --primer_share=0.5 --document_length=10".split()
@@ -280,6 +280,7 @@ def test_where_an_earlier_stage_is_found(tmp_path):
     for folder in (earlier, out):
         (folder / "reward.pt").touch()
         assert find() == find(reward="gold") == f"{folder}/reward.pt" and find(reward="my.pt") == "my.pt"
+    assert sft.where(ppo.Config(out=str(out), base="gold"), "base") == "gold"  # a folder with GPT-2's weights
 
 
 # -- checkpoints ---------------------------------------------------------------------------------------------
