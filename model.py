@@ -7,7 +7,7 @@ model reads it at the last response token, the value model before every one.
 
 The alignment rule, for every file of this project: `logits[:, t]` predicts `tokens[:, t + 1]`.
 `token_logprobs` is that shift; its column t belongs to the action `tokens[:, t + 1]`, and what training
-uses (`masked_logprobs` by_length), values, kl, rewards, advantages, returns and `mask` share its index.
+uses (`by_length` of `masked_logprobs`), values, kl, rewards, advantages, returns and `mask` share its index.
 Rows are right-padded: under causal attention a real token never sees the padding behind it, so nothing
 here needs an attention mask but the cache of `generate`, whose prompts end at different places.
 

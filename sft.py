@@ -293,7 +293,7 @@ KINDS = {  # type of a flag -> what reads its text, its range, both in words
     Amount: (float, lambda v: 0 <= v < math.inf, "a number, not below 0"),
     Folder: (str, lambda v: not v or os.path.isdir(v), "a folder that is there"),
     Dtype: (str, lambda v: v in ("", "float32", "bfloat16"), "float32 or bfloat16"),
-    Base: (str, lambda v: is_fit(v, ".pt") or not v.endswith(".pt"), "a .pt file that is there, or GPT-2"),
+    Base: (str, lambda v: not v.endswith(".pt") or os.path.isfile(v), "a .pt file that is there, or GPT-2"),
     Checkpoint: (str, lambda v: is_fit(v, ".pt"), "a .pt file that is there"),
     Judge: (str, lambda v: is_fit(v, ".pt", ".py") or v == "gold", "a .pt or .py file there, or gold"),
 }

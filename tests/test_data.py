@@ -158,9 +158,18 @@ def test_prompts_are_filtered(world):
     tasks = data.user_prompts(world, 10_000, "train", random.Random(0))
     assert max(Counter(t["user"] for t in tasks).values()) <= 200
     assert not any("my number is" in t["prompt"] for t in tasks)  # as one in a hundred of users says
-    assert len({(t["user"], t["prompt"]) for t in tasks}) == 10_000
+    assert len({(t["user"], t["prompt"]) for t in tasks}) == 10_000 > len({t["prompt"] for t in tasks})
     long = [" ".join(t["prompt"].split()[:20]) for t in tasks if len(t["prompt"].split()) > 20]
     assert len(long) == len(set(long))  # no two share a long prefix
+
+
+def test_a_customer_always_uses_the_same_words(world, monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "KIND_SHARES", dict(user_based=1.0))
+    monkeypatch.setattr(world, "instance", lambda block, pattern, rng: seen.append(pattern) or {})
+    for user in ("ann", None):
+        _ = [world.task(random.Random(i), user, "generation") for i in range(20)]
+    assert len(set(seen[:20])) == 1 < len(set(seen[20:]))
 
 
 def test_a_world_too_small_ends_in_one_line(world, monkeypatch):

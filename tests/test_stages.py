@@ -169,6 +169,7 @@ def refused(stage, *flags):
     ("reward", "--seed=1", 'sft.pt not found: run "python ppo.py"'),
     ("eval", "--reward=silver", "--reward=silver: expected a .pt or .py file there, or gold"),
     ("eval", "--reward=gold --data=.", "--reward=gold needs the miniature world"),
+    ("sft", "--base=no/such.pt", "--base=no/such.pt: expected a .pt file that is there, or GPT-2"),
     ("ppo", "--ppo_init=no/such.pt", "--ppo_init=no/such.pt: expected a .pt file that is there"),
     ("ppo", "--sft=folder", "--sft=folder: expected a .pt file that is there"),  # it would be left unread
     ("sft", "--max_new_tokens=256", "--max_new_tokens=256 leaves no room for a prompt in --block_size=256"),
